@@ -1,0 +1,21 @@
+"""lmscale: pretraining and adaptation of language models on DeepSpeed and megatron-core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lmscale.evaluate.inference import load
+
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for, so that the console answers at once."""
+    if name == "load":
+        from lmscale.evaluate.inference import load
+
+        return load
+    raise AttributeError(f"module 'lmscale' has no attribute {name!r}")

@@ -1,0 +1,103 @@
+"""YAML and dotted overrides to a RunConfig, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lmscale.config.base import Section
+from lmscale.config.validation import branches, config_error
+from lmscale.config.presets import preset
+from lmscale.config.run import RunConfig
+from lmscale.errors import ConfigError
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, lay the preset under it and the overrides over it, and validate the result.
+
+    Precedence, weakest first: defaults, model.preset, the file, the overrides ("optim.lr=3e-4").
+
+    Raises:
+        ConfigError: if the file cannot be read, or a key is unknown, missing, of the wrong type or out of range.
+    """
+    return parse_run(_read_yaml(Path(path)), overrides)
+
+
+def parse_run(keys: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Do as `load_run` does, from a mapping in the place of a file."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _check_overrides(overrides)
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(keys), OmegaConf.from_dotlist(list(overrides)))
+        resolved: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error), field="config") from None
+    model = resolved.get("model")
+    if isinstance(model, dict) and model.get("preset") is not None:
+        resolved["model"] = {**preset(model["preset"]), **model}
+    try:
+        return RunConfig.model_validate(resolved)
+    except ValidationError as error:
+        raise config_error(error, RunConfig) from None
+
+
+def show(config: Section) -> str:
+    """Render a config as YAML that `load_run` reads back to the same config."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def documentation(section: type[Section] = RunConfig, prefix: str = "") -> Iterable[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, documentation) for every key of a config."""
+    from pydantic_core import PydanticUndefined
+
+
+    for name, field in section.model_fields.items():
+        nested = [b for b in branches(field.annotation) if isinstance(b, type) and issubclass(b, Section)]
+        key = prefix + name
+        if nested:
+            yield key, "section" if "list" not in str(field.annotation) else "list", "", field.description or ""
+            yield from documentation(nested[0], key + ("[]." if "list" in str(field.annotation) else "."))
+            continue
+        default = "required" if field.default is PydanticUndefined else repr(field.default)
+        yield key, _type_name(field.annotation), default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    import typing
+
+    if typing.get_origin(annotation) is typing.Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        keys = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ConfigError("does not exist", field="config", value=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", field="config", value=str(path)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not YAML: {error}", field="config", value=str(path)) from None
+    if not isinstance(keys, dict):
+        raise ConfigError("must hold a mapping of keys", field="config", value=str(path))
+    return {str(key): value for key, value in keys.items()}
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise ConfigError("is neither an option nor key=value", field="command line", value=override)

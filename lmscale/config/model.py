@@ -1,0 +1,92 @@
+"""The architecture of a model: sizes, and the choices that change its parameters or its arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lmscale.config.base import Section
+
+VOCAB_MULTIPLE = 128
+"""The embedding table has a multiple of this many rows: it divides over any usual tp_size, so the padded size does not
+depend on the layout and a checkpoint fits every layout."""
+
+
+class InitConfig(Section):
+    """How parameters are drawn. The same seed gives the same weights on every layout."""
+
+    std: float = Field(0.02, gt=0)
+    """Standard deviation of the normal distribution for weights and embeddings."""
+    position_std: float | None = Field(None, gt=0)
+    """Standard deviation for learned position embeddings; left out, the same as std."""
+    scaled_residual: bool = True
+    """Divide std by sqrt(2 num_layers) for the two projections that feed the residual stream in each layer."""
+
+
+class ModelConfig(Section):
+    """A transformer language model."""
+
+    preset: str | None = None
+    """A published size (`lmscale plan --list-presets` names them); keys beside it override the preset's."""
+    architecture: Literal["gpt"] = "gpt"
+    """gpt: decoder-only, causal."""
+    num_layers: int = Field(gt=0)
+    """Transformer layers."""
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    num_attention_heads: int = Field(gt=0)
+    """Query heads."""
+    ffn_hidden_size: int | None = Field(None, gt=0)
+    """Width of the feed-forward layer (of each half, with swiglu); left out, 4 hidden_size."""
+    num_query_groups: int | None = Field(None, gt=0)
+    """Key/value heads (grouped-query attention); left out, one for each query head."""
+    head_dim: int | None = Field(None, gt=0)
+    """Width of a head; left out, hidden_size / num_attention_heads."""
+    vocab_size: int = Field(gt=0)
+    """Entries of the tokenizer, special ids included. The table is padded to a multiple of 128 rows; padded rows never
+    take part in the softmax."""
+    max_position_embeddings: int = Field(2048, gt=0)
+    """Longest sequence: rows of the position table, or the range that rope was trained for."""
+    position_embedding: Literal["learned", "rope"] = "learned"
+    """learned: a table added to the word embedding (GPT-2); rope: rotated queries and keys (Llama)."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of rope's wavelengths; read with position_embedding: rope only."""
+    normalization: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalization before attention, before the feed-forward layer and at the end."""
+    norm_eps: float = Field(1.0e-5, gt=0)
+    """Added to the variance (layernorm) or to the mean square (rmsnorm)."""
+    activation: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
+    """gelu_tanh: GPT-2's approximation; gelu: the exact one; swiglu: silu(gate) * up, two input matrices."""
+    linear_bias: bool = True
+    """Biases on the attention and feed-forward projections."""
+    tied_head: bool = True
+    """Use the word embedding as the output matrix."""
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the embedding and on what each sub-layer adds to the residual stream."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the attention probabilities."""
+    init: InitConfig = InitConfig()
+    """How parameters are drawn."""
+    init_from: str | None = None
+    """A checkpoint whose weights start this run; optimizer, schedules and data start afresh."""
+
+    @property
+    def ffn_size(self) -> int:
+        """Resolved width of the feed-forward layer."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def query_groups(self) -> int:
+        """Resolved number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Resolved width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

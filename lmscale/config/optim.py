@@ -1,0 +1,71 @@
+"""Batch, optimizer, schedules and loss scale."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lmscale.config.base import Section
+
+
+class RampConfig(Section):
+    """Batch-size ramp: start, then one increment more after every equal share of ramp_samples, until global_batch_size."""
+
+    start: int = Field(gt=0)
+    """Global batch size of the first step, in sequences."""
+    increment: int = Field(gt=0)
+    """Sequences added at each stage."""
+    ramp_samples: int = Field(gt=0)
+    """Samples consumed when the full batch is reached."""
+
+
+class BatchConfig(Section):
+    """Batch sizes in sequences."""
+
+    micro_batch_size: int = Field(gt=0)
+    """Sequences that one data-parallel rank computes at a time."""
+    global_batch_size: int = Field(gt=0)
+    """Sequences of an optimizer step, over all ranks and micro batches."""
+    ramp: RampConfig | None = None
+    """Grow to global_batch_size from a smaller batch; left out, the batch is constant."""
+
+
+class LossScaleConfig(Section):
+    """Dynamic loss scaling; fp16 only."""
+
+    initial: int = Field(65536, gt=0)
+    """First scale, a power of two."""
+    window: int = Field(1000, gt=0)
+    """Steps without overflow after which the scale doubles."""
+    hysteresis: int = Field(2, gt=0)
+    """Overflows that are borne before the scale is halved."""
+    minimum: int = Field(1, gt=0)
+    """Lowest scale; an overflow at it stops the run."""
+
+
+class OptimConfig(Section):
+    """The optimizer and the rate's schedule, on the clock of consumed tokens."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw: Adam with decoupled weight decay; sgd: plain gradient descent with decoupled weight decay."""
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Rate at the end of the decay and after."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices and embeddings; biases and norms are not decayed."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_eps: float = Field(1.0e-8, gt=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled so that their global L2 norm is at most this; 0 turns clipping off."""
+    lr_warmup_tokens: int = Field(0, ge=0)
+    """Tokens over which the rate rises linearly from 0; the first step's rate is not 0."""
+    lr_decay_tokens: int | None = Field(None, gt=0)
+    """Tokens, counted from the start of the run, at which the decay ends at min_lr; left out, train.train_tokens."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""

@@ -1,0 +1,278 @@
+"""A whole run, and the rules that hold between its sections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lmscale.config.base import Section
+from lmscale.config.data import DataConfig, TokenizerConfig
+from lmscale.config.layouts import Layout, check_layout
+from lmscale.config.model import ModelConfig
+from lmscale.config.objective import ObjectiveConfig
+from lmscale.config.optim import BatchConfig, LossScaleConfig, OptimConfig
+from lmscale.config.parallel import ParallelConfig
+from lmscale.config.train import CheckpointConfig, MonitorConfig, TrainConfig
+from lmscale.errors import ConfigError
+
+
+class RunConfig(Section):
+    """Everything that a run is made of; `config.yaml` in its directory holds it resolved."""
+
+    model: ModelConfig
+    """The architecture."""
+    tokenizer: TokenizerConfig | None = None
+    """The tokenizer that made the corpora; needed to generate text from the checkpoint."""
+    data: DataConfig
+    """Corpora and samples."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the model is trained to predict."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout over the ranks."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp32"
+    """Arithmetic of forward and backward; master weights and optimizer state are fp32 in every case."""
+    loss_scale: LossScaleConfig | None = None
+    """Dynamic loss scaling, with precision: fp16 only; left out there, its defaults."""
+    batch: BatchConfig
+    """Batch sizes."""
+    optim: OptimConfig
+    """Optimizer and schedule."""
+    train: TrainConfig
+    """Length, seed, intervals."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Where metrics go."""
+    deepspeed: str | dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    """A DeepSpeed JSON file (ds_configs/) or the same keys here: ZeRO stage, offload, communication."""
+    output_dir: str
+    """The run's directory."""
+
+
+class ZeroChoice(Section):
+    """What the DeepSpeed JSON decides about the layout."""
+
+    stage: int = 0
+    """ZeRO stage."""
+    offload_optimizer: bool = False
+    """Optimizer state in host memory."""
+    offload_param: bool = False
+    """Parameters in host memory."""
+
+
+def check_run(config: RunConfig, zero: ZeroChoice, world_size: int) -> None:
+    """Check the rules between sections, for a number of ranks.
+
+    Raises:
+        ConfigError: the first rule that does not hold, with the values and a remedy.
+    """
+    for rule in CROSS_SECTION_RULES:
+        rule(config)
+    check_layout(
+        Layout(
+            zero_stage=zero.stage,
+            pp_size=config.parallel.pp_size,
+            tp_size=config.parallel.tp_size,
+            sequence_parallel=config.parallel.sequence_parallel,
+            precision=config.precision,
+            offload_optimizer=zero.offload_optimizer,
+            offload_param=zero.offload_param,
+            optimizer=config.optim.name,
+        )
+    )
+    dp_size_of(config, world_size)
+
+
+def dp_size_of(config: RunConfig, world_size: int) -> int:
+    """Compute the data-parallel size and check that the batch divides over it.
+
+    Raises:
+        ConfigError: if the ranks, or the batch, do not divide.
+    """
+    parallel, batch = config.parallel, config.batch
+    model_ranks = parallel.tp_size * parallel.pp_size
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"must be a multiple of parallel.tp_size x parallel.pp_size = {parallel.tp_size} x {parallel.pp_size}",
+            field="ranks",
+            value=world_size,
+            remedy=f"start {max(1, world_size // model_ranks) * model_ranks} ranks, or change the layout",
+        )
+    dp_size = world_size // model_ranks
+    quantum = batch.micro_batch_size * dp_size
+    _check_divides(
+        "batch.global_batch_size",
+        batch.global_batch_size,
+        quantum,
+        f"batch.micro_batch_size x dp_size = {batch.micro_batch_size} x {dp_size} = {quantum}",
+    )
+    if batch.ramp is not None:
+        _check_divides("batch.ramp.start", batch.ramp.start, quantum, f"batch.micro_batch_size x dp_size = {quantum}")
+        _check_divides(
+            "batch.ramp.increment", batch.ramp.increment, quantum, f"batch.micro_batch_size x dp_size = {quantum}"
+        )
+    return dp_size
+
+
+def _check_divides(field: str, value: int, divisor: int, divisor_name: str) -> None:
+    if value % divisor:
+        lower = value // divisor * divisor
+        nearest = f"{lower} or {lower + divisor}" if lower else str(divisor)
+        raise ConfigError(f"must be a multiple of {divisor_name}", field=field, value=value, remedy=f"use {nearest}")
+
+
+def _heads_divide_hidden(config: RunConfig) -> None:
+    model = config.model
+    if model.head_dim is None:
+        _check_divides(
+            "model.hidden_size",
+            model.hidden_size,
+            model.num_attention_heads,
+            f"model.num_attention_heads = {model.num_attention_heads} (or set model.head_dim)",
+        )
+    if model.position_embedding == "rope" and model.head_size % 2:
+        raise ConfigError("rope rotates pairs: must be even", field="model.head_dim", value=model.head_size)
+
+
+def _query_groups_divide_heads(config: RunConfig) -> None:
+    model = config.model
+    _check_divides(
+        "model.num_attention_heads",
+        model.num_attention_heads,
+        model.query_groups,
+        f"model.num_query_groups = {model.query_groups}",
+    )
+
+
+def _tensor_parallel_divides(config: RunConfig) -> None:
+    model, tp_size = config.model, config.parallel.tp_size
+    name = f"parallel.tp_size = {tp_size}"
+    _check_divides("model.num_attention_heads", model.num_attention_heads, tp_size, name)
+    _check_divides("model.num_query_groups", model.query_groups, tp_size, name)
+    _check_divides("model.ffn_hidden_size", model.ffn_size, tp_size, name)
+    _check_divides("padded vocabulary", model.padded_vocab_size, tp_size, name)
+    if config.parallel.sequence_parallel:
+        _check_divides("data.seq_length", config.data.seq_length, tp_size, name)
+
+
+def _pipeline_divides(config: RunConfig) -> None:
+    _check_divides(
+        "model.num_layers",
+        config.model.num_layers,
+        config.parallel.pp_size,
+        f"parallel.pp_size = {config.parallel.pp_size}",
+    )
+
+
+def _sequence_fits_positions(config: RunConfig) -> None:
+    if config.data.seq_length > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"must be at most model.max_position_embeddings = {config.model.max_position_embeddings}",
+            field="data.seq_length",
+            value=config.data.seq_length,
+            remedy="shorten the sequence or enlarge the position table",
+        )
+
+
+def _ramp_reaches_batch(config: RunConfig) -> None:
+    batch, ramp = config.batch, config.batch.ramp
+    if ramp is None:
+        return
+    if ramp.start > batch.global_batch_size:
+        raise ConfigError(
+            f"must be at most batch.global_batch_size = {batch.global_batch_size}",
+            field="batch.ramp.start",
+            value=ramp.start,
+        )
+    _check_divides(
+        "batch.global_batch_size - batch.ramp.start",
+        batch.global_batch_size - ramp.start,
+        ramp.increment,
+        f"batch.ramp.increment = {ramp.increment}",
+    )
+
+
+def _warmup_precedes_decay(config: RunConfig) -> None:
+    optim = config.optim
+    decay_tokens = optim.lr_decay_tokens or config.train.train_tokens
+    if optim.lr_decay_style != "constant" and optim.lr_warmup_tokens >= decay_tokens:
+        raise ConfigError(
+            f"the warm-up must end before the decay, at {decay_tokens} tokens",
+            field="optim.lr_warmup_tokens",
+            value=optim.lr_warmup_tokens,
+        )
+    if optim.min_lr > optim.lr:
+        raise ConfigError(f"must be at most optim.lr = {optim.lr}", field="optim.min_lr", value=optim.min_lr)
+
+
+def _loss_scale_needs_fp16(config: RunConfig) -> None:
+    scale = config.loss_scale
+    if scale is None:
+        return
+    if config.precision != "fp16":
+        raise ConfigError(
+            f"scales the loss of fp16, and precision is {config.precision}",
+            field="loss_scale",
+            remedy="drop the section, or set precision: fp16",
+        )
+    if scale.initial & (scale.initial - 1):
+        raise ConfigError("must be a power of two", field="loss_scale.initial", value=scale.initial)
+    if scale.minimum > scale.initial:
+        raise ConfigError(
+            f"must be at most loss_scale.initial = {scale.initial}", field="loss_scale.minimum", value=scale.minimum
+        )
+
+
+def _options_are_read(config: RunConfig) -> None:
+    model = config.model
+    if model.position_embedding != "rope" and model.rope_theta != ModelConfig.model_fields["rope_theta"].default:
+        raise ConfigError("is read with model.position_embedding: rope only", field="model.rope_theta", value=model.rope_theta)
+    if model.position_embedding != "learned" and model.init.position_std is not None:
+        raise ConfigError(
+            "is read with model.position_embedding: learned only",
+            field="model.init.position_std",
+            value=model.init.position_std,
+        )
+
+
+def _corpora_are_distinct(config: RunConfig) -> None:
+    for key, values in (
+        ("data.valid.name", [source.name for source in config.data.valid]),
+        ("data.train.prefix", [source.prefix for source in config.data.train]),
+    ):
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ConfigError("is given twice", field=key, value=repeated[0])
+    split_shares(config.data.split)
+
+
+def split_shares(split: str) -> tuple[float, float, float]:
+    """Parse "98,1,1" into the fractions of train, valid and test.
+
+    Raises:
+        ConfigError: if it is not three numbers of at least 0, the first of them above 0.
+    """
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or min(parts) < 0 or parts[0] <= 0:
+        raise ConfigError(
+            "must be three numbers, train,valid,test, train above 0", field="data.split", value=split, remedy='as in "98,1,1"'
+        )
+    total = sum(parts)
+    return parts[0] / total, parts[1] / total, parts[2] / total
+
+
+CROSS_SECTION_RULES: tuple[Callable[[RunConfig], None], ...] = (
+    _heads_divide_hidden,
+    _query_groups_divide_heads,
+    _tensor_parallel_divides,
+    _pipeline_divides,
+    _sequence_fits_positions,
+    _ramp_reaches_batch,
+    _warmup_precedes_decay,
+    _loss_scale_needs_fp16,
+    _options_are_read,
+    _corpora_are_distinct,
+)
