@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lmscale.config.base import Section
-from lmscale.config.validation import branches, config_error
+from lmscale.config.base import Section, branches
 from lmscale.config.presets import preset
 from lmscale.config.run import RunConfig
+from lmscale.config.validation import config_error
 from lmscale.errors import ConfigError
 
 
@@ -31,14 +31,15 @@ def parse_run(keys: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _check_overrides(overrides)
     try:
-        merged = OmegaConf.merge(OmegaConf.create(keys), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.create(keys)
+        for override in overrides:
+            _apply(merged, override)
         resolved: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error), field="config") from None
+        raise ConfigError(str(error).split("\n")[0], field="config") from None
     model = resolved.get("model")
-    if isinstance(model, dict) and model.get("preset") is not None:
+    if isinstance(model, dict) and isinstance(model.get("preset"), str):
         resolved["model"] = {**preset(model["preset"]), **model}
     try:
         return RunConfig.model_validate(resolved)
@@ -57,16 +58,19 @@ def documentation(section: type[Section] = RunConfig, prefix: str = "") -> Itera
     """Yield (dotted key, type, default, documentation) for every key of a config."""
     from pydantic_core import PydanticUndefined
 
-
     for name, field in section.model_fields.items():
         nested = [b for b in branches(field.annotation) if isinstance(b, type) and issubclass(b, Section)]
         key = prefix + name
         if nested:
-            yield key, "section" if "list" not in str(field.annotation) else "list", "", field.description or ""
+            yield key, "section" if "list" not in str(field.annotation) else "list", "", _one_line(field.description)
             yield from documentation(nested[0], key + ("[]." if "list" in str(field.annotation) else "."))
             continue
         default = "required" if field.default is PydanticUndefined else repr(field.default)
-        yield key, _type_name(field.annotation), default, field.description or ""
+        yield key, _type_name(field.annotation), default, _one_line(field.description)
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
 
 
 def _type_name(annotation: Any) -> str:
@@ -96,8 +100,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in keys.items()}
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise ConfigError("is neither an option nor key=value", field="command line", value=override)
+def _apply(config: Any, override: str) -> None:
+    """Lay "a.b=value" over a config; the value is YAML, a list's entries are named by number (data.train.0.prefix)."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError("is neither an option nor key=value", field="command line", value=override)
+    try:
+        # OmegaConf's own reader knows 1e-4, which YAML 1.1 takes for a string.
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+    except yaml.YAMLError:
+        raise ConfigError("the value is not YAML", field="command line", value=override) from None
+    try:
+        OmegaConf.update(config, key, value, merge=True, force_add=True)
+    except (TypeError, ValueError, IndexError, AttributeError):
+        raise ConfigError("does not fit the config that it overrides", field="command line", value=override) from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from lmscale.errors import ConfigError
 
@@ -27,7 +27,7 @@ class LayoutRule:
     """A combination that cannot be trained, why, and the nearest one that can."""
 
     name: str
-    forbids: Any
+    forbids: Callable[[Layout], bool]
     because: str
     instead: str
 

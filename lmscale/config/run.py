@@ -150,7 +150,9 @@ def _tensor_parallel_divides(config: RunConfig) -> None:
     _check_divides("model.num_attention_heads", model.num_attention_heads, tp_size, name)
     _check_divides("model.num_query_groups", model.query_groups, tp_size, name)
     _check_divides("model.ffn_hidden_size", model.ffn_size, tp_size, name)
-    _check_divides("padded vocabulary", model.padded_vocab_size, tp_size, name)
+    if model.padded_vocab_size % tp_size:
+        rule = f"must divide the padded vocabulary of {model.padded_vocab_size} rows"
+        raise ConfigError(rule, field="parallel.tp_size", value=tp_size, remedy="use a power of two")
     if config.parallel.sequence_parallel:
         _check_divides("data.seq_length", config.data.seq_length, tp_size, name)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lmscale.config.base import branches
 from lmscale.errors import ConfigError
 
 
@@ -21,15 +20,22 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def config_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> ConfigError:
-    """Make a ConfigError of the first finding of a pydantic ValidationError."""
-    finding = error.errors()[0]
+    """Make a ConfigError of a pydantic ValidationError: of its first unknown key, or else of its first finding.
+
+    A misspelt key that is required shows up as missing too; the misspelling is the news.
+    """
+    findings = error.errors()
+    finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
     path = [part for part in finding["loc"] if not _is_union_tag(part)]
     field = prefix + ".".join(str(part) for part in path)
     if finding["type"] == "extra_forbidden":
         return ConfigError("unknown key", field=field, remedy=nearest(str(path[-1]), _fields_at(model, path[:-1])))
     if finding["type"] == "missing":
         return ConfigError("is required and missing", field=field, remedy="add it to the config or as key=value")
-    rule = finding["msg"][:1].lower() + finding["msg"][1:]
+    if finding["type"] in {"model_type", "dict_type"}:
+        return ConfigError("must be a section with keys of its own", field=field, value=finding["input"])
+    rule = finding["msg"].removeprefix("Value error, ")
+    rule = rule[:1].lower() + rule[1:]
     return ConfigError(rule, field=field, value=finding["input"])
 
 
@@ -46,9 +52,3 @@ def _fields_at(model: type[BaseModel], path: list[Any]) -> list[str]:
         model = next(branch for branch in branches(annotation) if isinstance(branch, type) and issubclass(branch, BaseModel))
     return list(model.model_fields)
 
-
-def branches(annotation: Any) -> list[Any]:
-    """List the members of a union or list annotation, nested ones included."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
-        return [branch for arg in typing.get_args(annotation) for branch in branches(arg)]
-    return [annotation]

@@ -1,1 +1,1 @@
-
+"""Who am I among the ranks, and which random numbers are mine."""

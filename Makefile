@@ -1,0 +1,38 @@
+# Each target calls a script or a tool; `make` alone lists them.
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-all lint bench docs
+
+help:
+	@echo "make quickstart   real text -> tokenizer -> tokens -> a GPT on 2 ranks -> held-out loss -> a sample (6 minutes)"
+	@echo "make test         the test suite (20 minutes on 2 cores)"
+	@echo "make test-all     the slow tests too"
+	@echo "make lint         ruff, mypy, import layers"
+	@echo "make bench        speed and memory, as ratios measured in one run"
+	@echo "make docs         rewrite the generated tables in docs/"
+	@echo "make venv         only create .venv and install"
+
+venv:
+	tools/setup_venv.sh
+
+quickstart: venv
+	$(BIN)/python tools/quickstart.py
+
+test: venv
+	$(BIN)/pytest -m "not slow and not gpu and not cluster"
+
+test-all: venv
+	$(BIN)/pytest -m "not cluster"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: venv
+	$(BIN)/python tools/bench.py
+
+docs: venv
+	$(BIN)/python tools/make_docs.py

@@ -1,0 +1,230 @@
+"""Tokenizers: sentencepiece models, ours or anybody's, and HF's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lmscale.config.data import TokenizerConfig
+from lmscale.errors import DataError
+
+MODEL_FILE = "tokenizer.model"
+NUM_SENTINELS = 100
+_SPACE_MARK = "\u2581"  # sentencepiece writes a space so, and would read the character itself back as one
+_HF_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+
+
+class Tokenizer(Protocol):
+    """What lmscale asks of a tokenizer. An id that it does not have is None.
+
+    Special tokens are never found in text: a document that spells "</s>" encodes to its characters.
+    """
+
+    vocab_size: int
+    """Entries, special ids included; ids are below it."""
+    pad_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    """Also the end of a document in an indexed corpus."""
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    sentinel_ids: list[int]
+    """Of <extra_id_0>, <extra_id_1>, ...; ours descend from vocab_size - 1."""
+    content_hash: str
+    """SHA-256 of what defines the tokenizer: equal hashes, equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text, adding no special ids."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts in this thread."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special ids are left out."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. See `Tokenizer`.
+
+    With a model of `train_tokenizer`, decode(encode(text)) == text for every text, except characters that a char model
+    never saw.
+
+    Args:
+        path: the .model file, or a directory that holds tokenizer.model.
+
+    Raises:
+        DataError: if there is no model, or the file is not one.
+    """
+
+    def __init__(self, path: str | Path):
+        import sentencepiece
+
+        file = sentencepiece_file(path)
+        content = file.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.vocab_size: int = self._processor.vocab_size()
+        except (RuntimeError, TypeError):
+            raise DataError("is not a sentencepiece model", field="tokenizer.path", value=str(file)) from None
+        self.content_hash = hashlib.sha256(content).hexdigest()
+        self.pad_id = self._special(self._processor.pad_id(), "<pad>")
+        self.bos_id = self._special(self._processor.bos_id(), "<s>")
+        self.eos_id = self._special(self._processor.eos_id(), "</s>")
+        self.mask_id, self.cls_id, self.sep_id = (self._special(-1, name) for name in ("<mask>", "<cls>", "<sep>"))
+        sentinels = (self._special(-1, f"<extra_id_{number}>") for number in range(NUM_SENTINELS))
+        self.sentinel_ids = [number for number in sentinels if number is not None]
+        marks = [self._special(-1, f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark_ids = [number for number in marks if number is not None]
+
+    def _special(self, number: int, piece: str) -> int | None:
+        if number >= 0:
+            return number
+        number = self._processor.piece_to_id(piece)
+        return None if number == self._processor.unk_id() else number
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text, adding no special ids."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts in this thread."""
+        ids: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=1)
+        if len(self._space_mark_ids) == len(_SPACE_MARK.encode()):
+            for row, text in enumerate(texts):
+                if _SPACE_MARK in text:
+                    ids[row] = self._encode_space_marks(text)
+        return ids
+
+    def _encode_space_marks(self, text: str) -> list[int]:
+        """Spell U+2581 in bytes, so that it does not come back as a space."""
+        first, *others = self._processor.encode(text.split(_SPACE_MARK), out_type=int, num_threads=1)
+        ids: list[int] = list(first)
+        for part in others:
+            ids += self._space_mark_ids + part
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special ids are left out."""
+        text: str = self._processor.decode([int(number) for number in ids])
+        return text
+
+
+class HfTokenizer:
+    """A tokenizer of transformers, from a local directory. See `Tokenizer`.
+
+    Args:
+        path: a directory that AutoTokenizer reads.
+
+    Raises:
+        DataError: if transformers is missing, or the directory holds no tokenizer.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            from transformers import AutoTokenizer
+        except ImportError:
+            raise DataError(
+                "needs transformers, which is not installed",
+                field="tokenizer.type",
+                value="hf",
+                remedy="pip install lmscale[hf]",
+            ) from None
+        self.content_hash = hash_hf_files(path)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"transformers finds no tokenizer: {error}", field="tokenizer.path", value=str(path)
+            ) from None
+        # Otherwise a document that spells a special token would inject it.
+        self._tokenizer.split_special_tokens = True
+        self.vocab_size = len(self._tokenizer)
+        self.pad_id: int | None = self._tokenizer.pad_token_id
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.eos_id: int | None = self._tokenizer.eos_token_id
+        self.mask_id: int | None = self._tokenizer.mask_token_id
+        self.cls_id: int | None = self._tokenizer.cls_token_id
+        self.sep_id: int | None = self._tokenizer.sep_token_id
+        vocabulary = self._tokenizer.get_vocab()
+        names = (f"<extra_id_{number}>" for number in range(NUM_SENTINELS))
+        self.sentinel_ids: list[int] = [vocabulary[name] for name in names if name in vocabulary]
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text, adding no special ids."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts; transformers may use its own threads."""
+        options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids: list[list[int]] = self._tokenizer(list(texts), **options)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special ids are left out."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text: str = self._tokenizer.decode([int(number) for number in ids], **options)
+        return text
+
+
+def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Load the tokenizer that a config names.
+
+    Raises:
+        DataError: if there is none at its path.
+    """
+    return HfTokenizer(config.path) if config.type == "hf" else SentencePieceTokenizer(config.path)
+
+
+def tokenizer_hash(config: TokenizerConfig) -> str:
+    """Compute a tokenizer's `content_hash` from its files alone, without loading it."""
+    if config.type == "hf":
+        return hash_hf_files(config.path)
+    return hashlib.sha256(sentencepiece_file(config.path).read_bytes()).hexdigest()
+
+
+def sentencepiece_file(path: str | Path) -> Path:
+    """Find the model file that a path, file or directory, stands for.
+
+    Raises:
+        DataError: if there is none.
+    """
+    file = Path(path) / MODEL_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise DataError(
+            "there is no tokenizer", field="tokenizer.path", value=str(file), remedy="make one: lmscale tokenizer train"
+        )
+    return file
+
+
+def hash_hf_files(path: str | Path) -> str:
+    """Hash the files of a directory that define an HF tokenizer; copies of it elsewhere hash alike.
+
+    Raises:
+        DataError: if the directory holds none of them.
+    """
+    files = [Path(path) / name for name in _HF_FILES if (Path(path) / name).is_file()]
+    if not files:
+        raise DataError(
+            "is no directory with a tokenizer of transformers", field="tokenizer.path", value=str(path)
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,240 @@
+"""Core attention over torch's scaled_dot_product_attention, in megatron-core's `core_attention` slot.
+
+megatron-core's own needs CUDA buffers and materializes the scores; SDPA is flash attention where the device has it.
+This is the one place where masks have a polarity (SDPA's: True may attend) and where rotary embeddings, the key/value
+cache and attention dropout live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lmscale.models.context import ModelContext
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What core attention needs besides q, k, v; it travels in megatron-core's `attention_mask` argument.
+
+    Shapes:
+        positions, document_ids: int64 [b, s], None where positions are 0 .. s-1 and nothing is isolated.
+    """
+
+    positions: torch.Tensor | None
+    document_ids: torch.Tensor | None
+    micro_batch: int
+
+
+class KeyValueCache:
+    """Keys, values and document ids of the tokens before, for generation.
+
+    Shapes: keys, values [b, g/t, capacity, d]; document_ids int64 [b, capacity].
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._document_ids: torch.Tensor | None = None
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, document_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Store the new tokens' keys, values and document ids and return those of all tokens so far."""
+        batch, groups, new, width = keys.shape
+        if self._keys is None or self._values is None or self._document_ids is None:
+            self._keys = keys.new_empty(batch, groups, self.capacity, width)
+            self._values = values.new_empty(batch, groups, self.capacity, width)
+            self._document_ids = document_ids.new_empty(batch, self.capacity)
+        end = self.length + new
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self._document_ids[:, self.length : end] = document_ids
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end], self._document_ids[:, :end]
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) + mask) v, causal.
+
+    Without documents the mask is SDPA's own causal one, which the flash kernels skip blocks by; with documents it is
+    the block-diagonal causal mask, made once for each micro batch and shared by the layers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        *,
+        context: ModelContext,
+        masks: DocumentMasks,
+        layer_key: str,
+    ):
+        super().__init__()
+        self._context = context
+        self._masks = masks
+        self._layer_key = layer_key
+        self._scale = softmax_scale
+        self._dropout = config.attention_dropout
+        self._rotary = RotaryTable(context.model.rope_theta, context.model.head_size) if _uses_rope(context) else None
+        self.cache: KeyValueCache | None = None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: AttentionInputs,
+        /,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Shapes: query [b, s, n/t, d] ([s, b, ...] under sequence parallelism), key and value with g/t heads; the result
+        has the first two dimensions of query and n/t * d.
+        """
+        inputs = attention_mask
+        batch_first = not self._context.sequence_parallel
+        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+        query_bnsd, key_bgsd, value_bgsd = (tensor.permute(order) for tensor in (query, key, value))
+        if self._rotary is not None:
+            query_bnsd, key_bgsd = self._rotary.rotate(query_bnsd, key_bgsd, inputs.positions)
+        mask, is_causal = None, True
+        if self.cache is not None:
+            assert inputs.document_ids is not None
+            new = query_bnsd.size(2)
+            key_bgsd, value_bgsd, all_ids = self.cache.append(key_bgsd, value_bgsd, inputs.document_ids)
+            mask, is_causal = _cached_mask(inputs.document_ids, all_ids, new), False
+        elif inputs.document_ids is not None:
+            mask, is_causal = self._masks.causal(inputs.document_ids), False
+        out_bnsd = self._attend(query_bnsd, key_bgsd, value_bgsd, mask, is_causal, inputs.micro_batch)
+        back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
+        return out_bnsd.permute(back).flatten(2)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        micro_batch: int,
+    ) -> torch.Tensor:
+        dropout = self._dropout if self.training else 0.0
+        grouped = query.size(1) != key.size(1)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if dropout:
+                self._context.dropout.seed(
+                    q.device, self._layer_key, micro_batch, "attention", differs_over_tp=True
+                )
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self._scale, enable_gqa=grouped
+            )
+
+        if self._context.recompute == "selective" and torch.is_grad_enabled():
+            if keeps_scores(query, key, value, mask, dropout, is_causal, grouped):
+                result: torch.Tensor = checkpoint(
+                    attend, query, key, value, use_reentrant=False, preserve_rng_state=False
+                )
+                return result
+        return attend(query, key, value)
+
+
+def keeps_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    grouped: bool,
+) -> bool:
+    """Tell whether SDPA will take the math kernel, which keeps the [s, s] scores for backward; the others do not."""
+    choice = torch._fused_sdp_choice(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+    )
+    return int(choice) == int(torch.nn.attention.SDPBackend.MATH)
+
+
+class DocumentMasks:
+    """Makes the mask of isolated documents once for each micro batch, for all layers of a stage."""
+
+    def __init__(self) -> None:
+        self._ids: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+
+    def causal(self, document_ids: torch.Tensor) -> torch.Tensor:
+        """Return bool [b, 1, s, s]: True where a token may attend, itself and what precedes it in its document."""
+        if self._ids is not document_ids or self._mask is None:
+            length = document_ids.size(1)
+            causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+            same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+            self._ids, self._mask = document_ids, same & causal
+        return self._mask
+
+
+def _cached_mask(new_ids: torch.Tensor, all_ids: torch.Tensor, new: int) -> torch.Tensor:
+    """Mask for `new` tokens at the end of a cache: bool [b, 1, new, total]; tokens of other documents are hidden."""
+    total = all_ids.size(1)
+    causal = torch.ones(new, total, dtype=torch.bool, device=all_ids.device).tril(total - new)
+    return (new_ids[:, None, :, None] == all_ids[:, None, None, :]) & causal
+
+
+def _uses_rope(context: ModelContext) -> bool:
+    return context.model.position_embedding == "rope"
+
+
+class RotaryTable:
+    """Rotary position embedding with rotated halves, as Llama applies it.
+
+    Dimension i of the first half and i of the second turn by position * theta^(-2i/d).
+
+    Source: Su et al. 2021, arXiv:2104.09864; the half layout is GPT-NeoX's and Llama's.
+    """
+
+    def __init__(self, theta: float, head_size: int):
+        self._theta, self._head_size = theta, head_size
+        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn query [b, n, s, d] and key [b, g, s, d] by their positions int64 [b, s] (0 .. s-1 where None)."""
+        if positions is None:
+            cos, sin = self._plain(query.size(2), query.device)
+        else:
+            cos, sin = self._angles(positions)
+            cos, sin = cos[:, None], sin[:, None]
+        return _turn(query, cos, sin), _turn(key, cos, sin)
+
+    def _plain(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._table is None or self._table[0].size(0) != length or self._table[0].device != device:
+            self._table = self._angles(torch.arange(length, device=device))
+        return self._table
+
+    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, fp32 [..., s, d]."""
+        exponent = torch.arange(0, self._head_size, 2, device=positions.device, dtype=torch.float32) / self._head_size
+        angle = positions[..., None].float() * self._theta**-exponent
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos(), angle.sin()
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)

@@ -1,0 +1,119 @@
+"""One list of layers, two engines: a plain module for one stage, DeepSpeed's PipelineModule for several."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
+from torch import nn
+
+from lmscale.log import get_logger
+from lmscale.models.context import ModelContext
+from lmscale.models.decoder import NamedSpecs
+
+_log = get_logger(__name__)
+
+TIED_MODULES = "tied_modules"
+
+
+class SequentialModel(nn.Module):
+    """Run the layers one after another on one rank, under the parameter names that PipelineModule gives them."""
+
+    def __init__(self, specs: NamedSpecs):
+        super().__init__()
+        self.tied_modules = nn.ModuleDict()
+        self._functions: list[Callable[[Any], Any]] = []
+        for index, (_, spec) in enumerate(specs):
+            if not isinstance(spec, TiedLayerSpec):
+                module = spec.build()
+                self.add_module(str(index), module)
+                self._functions.append(module)
+                continue
+            if spec.key not in self.tied_modules:
+                self.tied_modules[spec.key] = spec.build()
+            module = self.tied_modules[spec.key]
+            self._functions.append(functools.partial(spec.forward_fn, module) if spec.forward_fn else module)
+
+    def forward(self, packed: Any) -> Any:
+        """Pass a packed record through every layer."""
+        for function in self._functions:
+            packed = function(packed)
+        return packed
+
+
+def build_model(
+    specs: NamedSpecs, context: ModelContext, loss: Callable[..., torch.Tensor], *, pipeline: bool | None = None
+) -> nn.Module:
+    """Build this rank's layers on its device.
+
+    Args:
+        specs: all layers of the model.
+        context: what they share.
+        loss: loss(outputs, labels), for the pipeline's last stage.
+        pipeline: build a PipelineModule; left out, where there are several stages.
+    Returns:
+        A SequentialModel or PipelineModule; both carry `logical_prefixes`, from a parameter's prefix to its logical one.
+    Collectives: tied weights are broadcast between their stages; every rank must call.
+    """
+    topology = context.topology
+    if topology.pp_size > 1 if pipeline is None else pipeline:
+        with _quiet():
+            model: nn.Module = PipelineModule(
+                layers=[spec for _, spec in specs],
+                topology=topology.deepspeed_grid(),
+                loss_fn=loss,
+                partition_method="type:TransformerLayer",
+            )
+    else:
+        model = SequentialModel(specs).to(topology.device)
+    model.logical_prefixes = logical_prefixes(specs)
+    if context.sequence_parallel:
+        _sum_over_tensor_parallel(model, context)
+    return model
+
+
+def logical_prefixes(specs: NamedSpecs) -> dict[str, str]:
+    """Map the engines' module prefixes ("3", "tied_modules.word_embedding") to logical names ("layers.1", ...)."""
+    prefixes: dict[str, str] = {}
+    for index, (name, spec) in enumerate(specs):
+        if isinstance(spec, TiedLayerSpec):
+            prefixes.setdefault(f"{TIED_MODULES}.{spec.key}", spec.key)
+        else:
+            prefixes[str(index)] = name
+    return prefixes
+
+
+def logical_name(model: nn.Module, parameter_name: str) -> str:
+    """Return the layout-independent name of a parameter of a built model."""
+    depth = 2 if parameter_name.startswith(TIED_MODULES) else 1
+    parts = parameter_name.split(".")
+    prefixes: dict[str, str] = model.logical_prefixes  # type: ignore[assignment]
+    return ".".join([prefixes[".".join(parts[:depth])], *parts[depth:]])
+
+
+def _sum_over_tensor_parallel(model: nn.Module, context: ModelContext) -> None:
+    """Sum the gradients of parameters that saw a part of the sequence only; DeepSpeed does not know of them."""
+
+    def reduce(grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=context.groups.tp)
+        return grad
+
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False) and parameter.requires_grad:
+            parameter.register_hook(reduce)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PipelineModule prints its partition; it goes to the log instead."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        yield
+    if printed.getvalue():
+        _log.debug("%s", printed.getvalue())

@@ -1,0 +1,142 @@
+"""Cross entropy over a vocabulary that is split over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lmscale.models.context import ModelContext
+
+CHUNK_BYTES = 4 * 2**20
+"""Logits worked on at a time, in fp32: they stay in a core's cache, and no second array of their size is made."""
+
+
+class LanguageModelLoss:
+    """The summed cross entropy of a micro batch times a weight, as a loss for DeepSpeed.
+
+    The weight is dp_size * num_micro_batches / (labels that count in the global batch), so that the mean that DeepSpeed
+    takes over micro batches and data-parallel ranks is the mean over the global batch's labels, however unevenly the
+    masks are spread.
+    """
+
+    def __init__(self, context: ModelContext):
+        self._vocab_size = context.model.vocab_size
+        self._tp_group = context.groups.tp
+
+    def __call__(self, logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Compute the weighted loss.
+
+        Shapes: logits [b, s, v/t]; labels: (token ids int64 [b, s], loss_mask float32 [b, s], weight float32 scalar).
+        Returns: float32 scalar, the same on every tensor-parallel rank.
+        Collectives: two all-reduces over the tensor-parallel group where it has several ranks.
+        """
+        targets, loss_mask, weight = labels
+        total: torch.Tensor = VocabParallelCrossEntropy.apply(
+            logits, targets, loss_mask, self._vocab_size, self._tp_group
+        )
+        return total * weight.squeeze()
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """sum_i mask_i (log sum_j exp(z_ij) - z_i,target), over the first vocab_size logits; padded rows take no part.
+
+    Overwrites the logits with their gradient (softmax minus one-hot, times the mask) while it computes the loss, so a
+    training step holds one array of logits' size; with gradients off, the logits are left as they are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        loss_mask: torch.Tensor,
+        vocab_size: int,
+        tp_group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        """Compute the summed loss, and the gradient in place."""
+        logits_2d = logits.detach().view(-1, logits.size(-1))
+        shard = _Shard(logits_2d.size(1), vocab_size, tp_group)
+        targets_1d, mask_1d = targets.reshape(-1), loss_mask.reshape(-1)
+        needs_grad = ctx.needs_input_grad[0]
+        if tp_group.size() == 1:
+            total = _one_pass(logits_2d, targets_1d, mask_1d, shard, needs_grad)
+        else:
+            total = _two_passes(logits_2d, targets_1d, mask_1d, shard, needs_grad)
+        ctx.save_for_backward(logits if needs_grad else None)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale the gradient that forward left behind."""
+        (grad_logits,) = ctx.saved_tensors
+        return grad_logits.detach().mul_(grads[0]), None, None, None, None
+
+
+class _Shard:
+    """The columns of the vocabulary that this rank holds: [first, first + valid) of the true ones, then padding."""
+
+    def __init__(self, columns: int, vocab_size: int, tp_group: dist.ProcessGroup):
+        self.first = columns * tp_group.rank()
+        self.valid = max(0, min(columns, vocab_size - self.first))
+        self.columns = columns
+        self.tp_group = tp_group
+
+    def chunks(self, rows: int) -> list[slice]:
+        step = max(1, CHUNK_BYTES // (4 * self.columns))
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def local(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column of each target, and whether it is this rank's (else column 0)."""
+        column = targets - self.first
+        mine = (column >= 0) & (column < self.valid)
+        return column.masked_fill(~mine, 0), mine
+
+
+def _one_pass(
+    logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, shard: _Shard, needs_grad: bool
+) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for rows in shard.chunks(logits.size(0)):
+        block = logits[rows, : shard.valid]
+        log_probs = torch.log_softmax(block, dim=-1, dtype=torch.float32)
+        columns = targets[rows, None]
+        total -= (log_probs.gather(1, columns).squeeze(1) * mask[rows]).sum()
+        if needs_grad:
+            grad = log_probs.exp_()
+            grad.scatter_add_(1, columns, grad.new_full((), -1.0).expand(columns.shape))
+            torch.mul(grad, mask[rows, None], out=block) if block.dtype == grad.dtype else block.copy_(
+                grad.mul_(mask[rows, None])
+            )
+    if needs_grad and shard.valid < shard.columns:
+        logits[:, shard.valid :] = 0.0
+    return total
+
+
+def _two_passes(
+    logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, shard: _Shard, needs_grad: bool
+) -> torch.Tensor:
+    """Statistics of this rank's columns, reduced over the group, then the gradient."""
+    rows_total = logits.size(0)
+    columns, mine = shard.local(targets)
+    highest = logits.new_full((rows_total,), -torch.inf, dtype=torch.float32)
+    if shard.valid:
+        highest = logits[:, : shard.valid].amax(dim=-1).float()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.tp_group)
+    sums = torch.zeros(2, rows_total, dtype=torch.float32, device=logits.device)
+    for rows in shard.chunks(rows_total) if shard.valid else []:
+        block = logits[rows, : shard.valid].float() - highest[rows, None]
+        sums[1, rows] = block.gather(1, columns[rows, None]).squeeze(1) * mine[rows]
+        sums[0, rows] = block.exp_().sum(dim=-1)
+    dist.all_reduce(sums, group=shard.tp_group)
+    log_normalizer = sums[0].log()
+    if needs_grad:
+        shift = highest + log_normalizer
+        for rows in shard.chunks(rows_total) if shard.valid else []:
+            block = logits[rows, : shard.valid]
+            grad = (block.float() - shift[rows, None]).exp_()
+            grad.scatter_add_(1, columns[rows, None], -mine[rows, None].float())
+            block.copy_(grad.mul_(mask[rows, None]))
+        logits[:, shard.valid :] = 0.0
+    return ((log_normalizer - sums[1]) * mask).sum()

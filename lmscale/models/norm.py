@@ -1,0 +1,38 @@
+"""Normalization that knows about sequence parallelism."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmscale.models.context import ModelContext
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the hidden dimension, by the model's config.
+
+    megatron-core's own wrapper refuses sequence parallelism without Transformer Engine. Under it each tensor-parallel
+    rank sees its part of the sequence, so these parameters' gradients are partial sums: they are marked
+    `sequence_parallel`, and `models.build` sums them over the tensor-parallel group.
+
+    Shapes: input and output [..., h].
+    """
+
+    def __init__(self, context: ModelContext):
+        super().__init__()
+        hidden_size = context.model.hidden_size
+        self.eps = context.model.norm_eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = context.sequence_parallel  # type: ignore[attr-defined]
+        if context.model.normalization == "layernorm":
+            self.bias = nn.Parameter(torch.zeros(hidden_size))
+            self.bias.sequence_parallel = context.sequence_parallel  # type: ignore[attr-defined]
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalize the last dimension."""
+        if self.bias is None:
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)

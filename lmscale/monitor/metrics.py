@@ -1,0 +1,123 @@
+"""What a run reports: the tags, their units, how they are reduced over ranks, and the record that carries them.
+
+The x axis of every tag is the step. A loss has a twin whose x axis is the consumed tokens, so that runs of different
+batch sizes can be laid over each other: train/lm_loss_by_tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+TRAIN_LM_LOSS = "train/lm_loss"
+TRAIN_GRAD_NORM = "train/grad_norm"
+TRAIN_PARAM_NORM = "train/param_norm"
+TRAIN_LR = "train/lr"
+TRAIN_LOSS_SCALE = "train/loss_scale"
+TRAIN_GLOBAL_BATCH_SIZE = "train/global_batch_size"
+TRAIN_SKIPPED_STEPS = "train/skipped_steps"
+PERF_TOKENS_PER_SECOND = "perf/tokens_per_second"
+PERF_TOKENS_PER_SECOND_PER_DEVICE = "perf/tokens_per_second_per_device"
+PERF_MODEL_FLOPS_PER_SECOND_PER_DEVICE = "perf/model_flops_per_second_per_device"
+PERF_MFU_FRACTION = "perf/mfu_fraction"
+PERF_HFU_FRACTION = "perf/hfu_fraction"
+PERF_STEP_TIME_S = "perf/step_time_s"
+PERF_DATA_WAIT_FRACTION = "perf/data_wait_fraction"
+MEMORY_PEAK_BYTES = "memory/peak_bytes"
+PROGRESS_CONSUMED_TOKENS = "progress/consumed_tokens"
+
+BY_TOKENS_SUFFIX = "_by_tokens"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A tag's meaning."""
+
+    tag: str
+    unit: str
+    over_ranks: Literal["same", "sum", "max"]
+    """How ranks combine: the same everywhere; a sum over data-parallel ranks (a loss as sum and count, divided once);
+    the maximum, where the slowest or fullest rank decides."""
+    meaning: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(TRAIN_LM_LOSS, "nats/token", "sum", "mean cross entropy of the counted labels of the step's global batch"),
+    Metric(TRAIN_GRAD_NORM, "", "same", "global L2 norm of the gradient before clipping"),
+    Metric(TRAIN_PARAM_NORM, "", "same", "global L2 norm of the parameters"),
+    Metric(TRAIN_LR, "", "same", "learning rate of the step"),
+    Metric(TRAIN_LOSS_SCALE, "", "same", "loss scale of the step, fp16 only"),
+    Metric(TRAIN_GLOBAL_BATCH_SIZE, "sequences", "same", "global batch size of the step"),
+    Metric(TRAIN_SKIPPED_STEPS, "steps", "same", "steps skipped for overflow since the start of the run"),
+    Metric("valid/<corpus>/lm_loss", "nats/token", "sum", "mean cross entropy on a held-out corpus"),
+    Metric("valid/<corpus>/perplexity", "", "same", "exp of that"),
+    Metric(PERF_TOKENS_PER_SECOND, "tokens/s", "same", "tokens trained in the window over its time"),
+    Metric(PERF_TOKENS_PER_SECOND_PER_DEVICE, "tokens/s", "same", "the same, over the number of devices"),
+    Metric(PERF_MODEL_FLOPS_PER_SECOND_PER_DEVICE, "FLOP/s", "same", "tokens/s per device x model FLOPs per token"),
+    Metric(PERF_MFU_FRACTION, "", "same", "model FLOP/s per device over the device's peak"),
+    Metric(PERF_HFU_FRACTION, "", "same", "the same with recomputation counted"),
+    Metric(PERF_STEP_TIME_S, "s", "same", "mean time of a step in the window, evaluation and saving left out"),
+    Metric(PERF_DATA_WAIT_FRACTION, "", "max", "share of the window's time spent waiting for data"),
+    Metric(MEMORY_PEAK_BYTES, "bytes", "max", "most device memory allocated so far"),
+    Metric(PROGRESS_CONSUMED_TOKENS, "tokens", "same", "consumed samples x nominal length"),
+)
+
+
+def valid_loss_tag(corpus: str) -> str:
+    """Name the held-out loss of a corpus."""
+    return f"valid/{corpus}/lm_loss"
+
+
+def valid_perplexity_tag(corpus: str) -> str:
+    """Name the held-out perplexity of a corpus."""
+    return f"valid/{corpus}/perplexity"
+
+
+def valid_corpus(tag: str) -> str | None:
+    """Return the corpus of a held-out loss's tag, or None for any other tag."""
+    parts = tag.split("/")
+    return parts[1] if len(parts) == 3 and parts[0] == "valid" and parts[2] == "lm_loss" else None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The metrics of one step, and how far the run is at its end."""
+
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    consumed_samples: int
+    consumed_tokens: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Tag to value, in the tag's unit."""
+
+    def scalars(self) -> dict[str, float]:
+        """Return the values with progress/consumed_tokens, which every record has."""
+        return {**self.values, PROGRESS_CONSUMED_TOKENS: self.consumed_tokens}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one curve."""
+
+    tag: str
+    value: float
+    axis: Literal["step", "samples", "tokens"]
+    x: int
+
+
+def has_token_twin(tag: str) -> bool:
+    """Say whether a tag is a loss, which is also drawn by tokens (train/loss_scale is not one)."""
+    return tag.endswith("loss")
+
+
+def points(record: Record) -> list[Point]:
+    """List a record's points: every tag by step, every loss by tokens too."""
+    scalars = record.scalars()
+    by_step = [Point(tag, value, "step", record.step) for tag, value in scalars.items()]
+    by_tokens = [
+        Point(tag + BY_TOKENS_SUFFIX, value, "tokens", record.consumed_tokens)
+        for tag, value in scalars.items()
+        if has_token_twin(tag)
+    ]
+    return by_step + by_tokens

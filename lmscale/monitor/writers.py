@@ -1,0 +1,52 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard and W&B by config. Rank 0 alone has writers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from lmscale.config.train import MonitorConfig
+from lmscale.monitor import megatron_names, metrics
+from lmscale.monitor.jsonl_writer import JsonlWriter
+from lmscale.monitor.metrics import Record
+from lmscale.monitor.tensorboard_writer import TensorBoardWriter
+from lmscale.monitor.wandb_writer import WandbWriter
+
+__all__ = ["JsonlWriter", "TensorBoardWriter", "WandbWriter", "Writer", "build_writers"]
+
+
+class Writer(Protocol):
+    """A destination for metrics."""
+
+    def write(self, record: Record) -> None:
+        """Write the metrics of a step; one record per step, in the order of the steps."""
+
+    def text(self, tag: str, markdown: str) -> None:
+        """Write a text that holds for this start of the run: the resolved config, the environment."""
+
+    def close(self) -> None:
+        """Write what is pending; nothing may be written afterwards."""
+
+
+def build_writers(monitor: MonitorConfig, output_dir: Path | str, resume_step: int | None = None) -> list[Writer]:
+    """Open the writers of a run, after cutting what they hold back to the step that the run continues from.
+
+    Args:
+        monitor: which writers, and whether Megatron-DeepSpeed's names are written beside ours.
+        output_dir: the run's directory: metrics.jsonl and tensorboard/ are in it.
+        resume_step: the checkpoint's step; None for a new run, which keeps no record of an earlier one.
+
+    Raises:
+        ConfigError: if W&B is asked for and not installed.
+        RunError: if metrics.jsonl cannot be written.
+    """
+    directory = Path(output_dir)
+    series = [metrics.points, megatron_names.points] if monitor.megatron_names else [metrics.points]
+    writers: list[Writer] = []
+    # W&B first: it is the one that may be missing, and nothing is cut back before that is known.
+    if monitor.wandb:
+        writers.append(WandbWriter(directory, resume_step, series))
+    writers.append(JsonlWriter(directory / "metrics.jsonl", resume_step))
+    if monitor.tensorboard:
+        writers.append(TensorBoardWriter(directory / "tensorboard", resume_step, series))
+    return writers

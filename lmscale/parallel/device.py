@@ -1,0 +1,53 @@
+"""The device of this rank, and what the libraries below need to run where there is no GPU.
+
+megatron-core and DeepSpeed run on a CPU over gloo but for three assumptions, all lifted here and nowhere else, and only
+where no GPU is in use:
+
+1. megatron-core asks `torch.cuda.current_device()` where to allocate communication buffers.
+2. megatron-core's reusable gather buffer lives on that device as well; (1) covers it.
+3. DeepSpeed's CPU accelerator calls fp16 unsupported without AVX512-FP16, though torch computes it on any CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from lmscale.log import get_logger
+
+_log = get_logger(__name__)
+
+
+def use_gpu() -> bool:
+    """Tell whether this process trains on a GPU: one is there and DS_ACCELERATOR does not say cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
+
+
+def local_device() -> torch.device:
+    """Return the device of this rank (LOCAL_RANK's GPU, or the CPU)."""
+    if use_gpu():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def prepare_device() -> torch.device:
+    """Select this rank's device and, on a CPU, lift the assumptions named at the top of this module."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        return device
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
+    _allow_fp16_on_cpu()
+    return device
+
+
+def _allow_fp16_on_cpu() -> None:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    accelerator = get_accelerator()
+    if isinstance(accelerator, CPU_Accelerator) and not accelerator.is_fp16_supported():
+        CPU_Accelerator.is_fp16_supported = lambda self: True
+        _log.info("fp16 on a CPU without fp16 instructions: torch computes it, slowly; DeepSpeed's refusal is switched off")

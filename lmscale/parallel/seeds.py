@@ -1,0 +1,99 @@
+"""Random numbers as pure functions of where they are used.
+
+Nothing here keeps a state that a checkpoint would have to save: weights are drawn from (seed, layer, draw), dropout from
+(seed, step, micro batch, layer, site, rank where it must differ). A resumed run, a recomputed layer and another pipeline
+layout therefore draw the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+_MASK = (1 << 63) - 1
+
+
+def hash_seed(*parts: int | str) -> int:
+    """Hash a tuple to a 63-bit seed; different tuples give independent streams."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & _MASK
+
+
+class WeightInit:
+    """Draws initial weights, identical for every layout.
+
+    megatron-core builds each matrix whole on every rank and keeps the rank's slice; drawn inside `layer(key)`, the n-th
+    matrix of a layer is a function of (seed, key, n).
+    """
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._key: str | None = None
+        self._draw = 0
+
+    @contextlib.contextmanager
+    def layer(self, key: str) -> Iterator[None]:
+        """Name the layer whose weights are drawn inside the context."""
+        outer = self._key, self._draw
+        self._key, self._draw = key, 0
+        try:
+            yield
+        finally:
+            self._key, self._draw = outer
+
+    def normal(self, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return a function that fills a whole (unsharded) CPU tensor with N(0, std^2)."""
+
+        def fill(tensor: torch.Tensor) -> torch.Tensor:
+            if self._key is None:
+                raise AssertionError("weights are drawn outside WeightInit.layer()")
+            generator = torch.Generator().manual_seed(hash_seed("weight", self._seed, self._key, self._draw))
+            self._draw += 1
+            with torch.no_grad():
+                return tensor.normal_(0.0, std, generator=generator)
+
+        return fill
+
+
+class DropoutClock:
+    """Seeds every dropout from its place in the run.
+
+    The engine calls `begin_step`; each layer asks `next_micro_batch` once for each forward pass in training and hands the
+    number to whatever may be recomputed.
+    """
+
+    def __init__(self, seed: int, dp_rank: int, tp_rank: int):
+        self._seed, self._dp_rank, self._tp_rank = seed, dp_rank, tp_rank
+        self._step = 0
+        self._micro_batches: dict[str, int] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Start an optimizer step; micro batches count from 0 again."""
+        self._step = step
+        self._micro_batches.clear()
+
+    def next_micro_batch(self, layer_key: str) -> int:
+        """Count a forward pass of a layer and return its number within the step."""
+        number = self._micro_batches.get(layer_key, 0)
+        self._micro_batches[layer_key] = number + 1
+        return number
+
+    def seed(self, device: torch.device, layer_key: str, micro_batch: int, site: str, *, differs_over_tp: bool) -> None:
+        """Seed the device's generator for the dropouts that follow.
+
+        Args:
+            device: where the dropout runs.
+            layer_key: the layer.
+            micro_batch: its number within the step, from `next_micro_batch`.
+            site: which dropout of the layer.
+            differs_over_tp: True where the tensor is split over tensor-parallel ranks, False where it is replicated.
+        """
+        tp_part = self._tp_rank if differs_over_tp else -1
+        seed = hash_seed("dropout", self._seed, self._step, micro_batch, layer_key, site, self._dp_rank, tp_part)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)

@@ -1,0 +1,244 @@
+"""Do the main job once, on text that every machine with Python has: `make quickstart` runs this.
+
+Text: the standard library's own sources, docstrings included, one document a file; one file in 25 is held out. Then the
+commands that a user would type, each printed before it runs: tokenizer train, tokenize, train, generate. At the end the
+held-out loss is set beside the entropy of a unigram model of the same tokens, and quickstart/report.md is written.
+Everything stays under quickstart/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = Path("quickstart")
+RUN_YAML = "launch/runs/quickstart.yaml"
+RUN_DIR = HOME / "run"
+VALID_NAME = "stdlib"
+
+VOCAB_SIZE = 4096
+NUM_SHARDS = 8
+TOKENIZER_SHARDS = "train-0[0-3].jsonl"
+HELD_OUT_ONE_IN = 25
+SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+"""Other people's packages, tests, and the tables of `encodings`, which are numbers rather than text."""
+
+PROMPT = "def "
+LARGEST_SHARE_OF_UNIGRAM = 0.75
+"""The held-out loss must be this share of the unigram entropy or less: 25 % below."""
+
+console = Console(highlight=False)
+
+
+@dataclass
+class Quickstart:
+    """What the steps have found so far."""
+
+    figures: dict[str, str] = field(default_factory=dict)
+    commands: list[tuple[str, float]] = field(default_factory=list)
+    sample: str = ""
+
+    def lmscale(self, *arguments: str, capture: bool = False) -> str:
+        """Print an `lmscale` command, run it, and end with its status if it fails."""
+        shown = shlex.join(["lmscale", *arguments])
+        console.print(f"\n[bold cyan]$ .venv/bin/{escape(shown)}[/]")
+        started = time.monotonic()
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / "lmscale"), *arguments],
+            stdout=subprocess.PIPE if capture else None,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            console.print(f"[red]that command ended with status {done.returncode}[/]")
+            raise SystemExit(done.returncode)
+        self.commands.append((shown, time.monotonic() - started))
+        return done.stdout or ""
+
+
+def main() -> int:
+    """Run every step; the exit status says whether the model learned."""
+    started = time.monotonic()
+    work = Quickstart()
+    _clear()
+    write_corpus(work)
+    tokenizer = str(HOME / "tokenizer")
+    text = HOME / "text"
+    # fmt: off
+    work.lmscale("tokenizer", "train", "--input", str(text / TOKENIZER_SHARDS), "--vocab-size", str(VOCAB_SIZE),
+                 "--model-type", "bpe", "--output", tokenizer)
+    for part in ("train", "valid"):
+        work.lmscale("tokenize", "--input", str(text / f"{part}*.jsonl"), "--tokenizer", tokenizer,
+                     "--output", str(HOME / part), "--workers", "2")
+    # fmt: on
+    work.lmscale("train", RUN_YAML, "--devices", str(_num_devices()))
+
+    metrics = _read_metrics()
+    held_out, unigram = _last(metrics, f"valid/{VALID_NAME}/lm_loss"), unigram_entropy()
+    learned = held_out <= LARGEST_SHARE_OF_UNIGRAM * unigram
+    checkpoint = max((RUN_DIR / "checkpoints").glob("step-*"))
+    work.sample = work.lmscale("generate", str(checkpoint), "--prompt", PROMPT, "--seed", "1", capture=True)
+    console.print(escape(work.sample))
+
+    work.figures |= {
+        "held-out loss": f"{held_out:.3f} nats per token",
+        "unigram entropy of the corpus": f"{unigram:.3f} nats per token",
+        "held-out loss / unigram entropy": f"{held_out / unigram:.2f} (at most {LARGEST_SHARE_OF_UNIGRAM} is asked)",
+        "training tokens": f"{metrics[-1]['consumed_tokens']:,} in {metrics[-1]['step']:,} steps",
+        "tokens per second": f"{_last(metrics, 'perf/tokens_per_second'):,.0f}",
+        "time, all steps": f"{time.monotonic() - started:.0f} s",
+    }
+    report = write_report(work, metrics, unigram)
+    console.rule()
+    for name, value in work.figures.items():
+        console.print(f"{name:34} [bold]{escape(value)}[/]")
+    console.print(f"{'report':34} {report}")
+    console.print(f"{'TensorBoard':34} .venv/bin/tensorboard --logdir {RUN_DIR}/tensorboard")
+    if not learned:
+        console.print("[red]the held-out loss is not well below the unigram entropy: the model has not learned[/]")
+    return 0 if learned else 1
+
+
+def write_corpus(work: Quickstart) -> None:
+    """Write the standard library's sources as JSON lines, one document a file, some of them held out.
+
+    Which files are held out, and in what order the others stand, depends on their names alone.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    console.print(f"reading the sources of the standard library under {library}")
+    parts: dict[str, list[str]] = {f"train-{shard:02d}": [] for shard in range(NUM_SHARDS)} | {"valid": []}
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library)
+        if SKIPPED_DIRECTORIES & set(name.parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if not source.strip():
+            continue
+        number = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest()[:8])
+        part = "valid" if number % HELD_OUT_ONE_IN == 0 else f"train-{number // HELD_OUT_ONE_IN % NUM_SHARDS:02d}"
+        parts[part].append(json.dumps({"text": source, "file": name.as_posix()}))
+    (HOME / "text").mkdir(parents=True)
+    for part, documents in parts.items():
+        (HOME / "text" / f"{part}.jsonl").write_text("\n".join(documents) + "\n", encoding="utf-8")
+    num_documents = sum(map(len, parts.values()))
+    num_bytes = sum(path.stat().st_size for path in (HOME / "text").iterdir())
+    work.figures["corpus"] = f"{num_documents} files, {num_bytes / 1e6:.1f} MB; {len(parts['valid'])} files held out"
+    console.print(work.figures["corpus"])
+
+
+def unigram_entropy() -> float:
+    """Compute the loss, in nats per held-out token, of a model that knows how frequent each token is and nothing else.
+
+    p(v) = (count of v in the training tokens + 1) / (training tokens + vocabulary), and the result is the mean of
+    -log p over the held-out tokens.
+    """
+    counts = np.bincount(_tokens(HOME / "train"), minlength=VOCAB_SIZE) + 1.0
+    return float(-np.log(counts / counts.sum())[_tokens(HOME / "valid")].mean())
+
+
+def write_report(work: Quickstart, metrics: list[dict[str, Any]], unigram: float) -> Path:
+    """Write quickstart/report.md and the loss curve beside it."""
+    (HOME / "loss.svg").write_text(_loss_curve(metrics, unigram), encoding="utf-8")
+    lines = ["# Quick start", "", "| figure | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in work.figures.items()]
+    lines += ["", "![Loss by step](loss.svg)", "", "## Sample", "", "```", work.sample.strip(), "```", ""]
+    lines += ["## Commands", "", "| command | seconds |", "|---|---|"]
+    lines += [f"| `.venv/bin/{command}` | {seconds:.0f} |" for command, seconds in work.commands]
+    path = HOME / "report.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _loss_curve(metrics: list[dict[str, Any]], unigram: float) -> str:
+    width, height, margin = 640, 320, 48
+    train = [(line["step"], line["train/lm_loss"]) for line in metrics if "train/lm_loss" in line]
+    key = f"valid/{VALID_NAME}/lm_loss"
+    valid = [(line["step"], line[key]) for line in metrics if key in line]
+    losses = [loss for _, loss in train + valid] + [unigram]
+    low, high, last = min(losses), max(losses), metrics[-1]["step"]
+
+    def x(step: float) -> float:
+        return margin + (width - 2 * margin) * step / last
+
+    def y(loss: float) -> float:
+        return margin + (height - 2 * margin) * (high - loss) / max(high - low, 1e-9)
+
+    def line(points: list[tuple[float, float]], color: str) -> str:
+        path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
+
+    def label(at_x: float, at_y: float, text: str, color: str = "#444") -> str:
+        font = 'font-family="sans-serif" font-size="12"'
+        return f'<text x="{at_x:.0f}" y="{at_y:.0f}" {font} fill="{color}">{text}</text>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        line(train, "#1f77b4"),
+        line(valid, "#d62728"),
+        f'<line x1="{margin}" x2="{width - margin}" y1="{y(unigram):.1f}" y2="{y(unigram):.1f}" '
+        'stroke="#888" stroke-dasharray="4 4"/>',
+        label(width - margin - 110, y(unigram) - 5, f"unigram {unigram:.2f}", "#888"),
+        label(margin, 20, "train/lm_loss", "#1f77b4"),
+        label(margin + 110, 20, key, "#d62728"),
+        label(8, y(high) + 4, f"{high:.1f}"),
+        label(8, y(low) + 4, f"{low:.1f}"),
+        label(margin, height - 16, "step 0"),
+        label(width - margin - 40, height - 16, f"step {last}"),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _tokens(prefix: Path) -> Any:
+    from lmscale.data.indexed import IndexedCorpus
+
+    return IndexedCorpus(prefix).tokens()
+
+
+def _read_metrics() -> list[dict[str, Any]]:
+    with (RUN_DIR / "metrics.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _last(metrics: list[dict[str, Any]], key: str) -> float:
+    return float(next(line[key] for line in reversed(metrics) if key in line))
+
+
+def _num_devices() -> int:
+    """Two ranks on CPU, where they share the cores; on GPUs, one rank each."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) or 2
+
+
+def _clear() -> None:
+    """Remove what an earlier quick start left, and nothing else."""
+    for name in ("text", "tokenizer", "run"):
+        shutil.rmtree(HOME / name, ignore_errors=True)
+    for pattern in ("train.*", "valid.*", "report.md", "loss.svg"):
+        for path in HOME.glob(pattern):
+            path.unlink()
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())
