@@ -211,7 +211,7 @@ def _loss_curve(metrics: list[dict[str, Any]], unigram: float) -> str:
 def _tokens(prefix: Path) -> Any:
     from lmscale.data.indexed import IndexedCorpus
 
-    return IndexedCorpus(prefix).tokens()
+    return IndexedCorpus(prefix).tokens
 
 
 def _read_metrics() -> list[dict[str, Any]]:

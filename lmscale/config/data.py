@@ -10,10 +10,11 @@ from lmscale.config.base import Section
 
 
 class TokenizerConfig(Section):
-    """The tokenizer that made the corpora. Training needs it for its vocabulary and document-end id; a checkpoint keeps a copy."""
+    """The tokenizer that made the corpora: training needs its vocabulary and document end; checkpoints keep a copy."""
 
     type: Literal["sentencepiece", "hf"] = "sentencepiece"
-    """sentencepiece: a .model file or the directory that `lmscale tokenizer train` wrote; hf: a directory for transformers' AutoTokenizer (needs lmscale[hf])."""
+    """sentencepiece: a .model file or the directory that `lmscale tokenizer train` wrote; hf: a directory for
+    transformers' AutoTokenizer (needs lmscale[hf])."""
     path: str
     """The file or directory."""
 
@@ -44,10 +45,12 @@ class DataConfig(Section):
     valid: list[ValidSource] = []
     """Held-out corpora, each read whole; left out, the valid share of `split` of each training source is held out."""
     split: str = "98,1,1"
-    """Shares of train, valid and test in each training source, by documents; the parts do not overlap. With `valid` given, "1,0,0" trains on everything."""
+    """Shares of train, valid and test in each training source, by documents; the parts do not overlap. With `valid`
+    given, "1,0,0" trains on everything."""
     seq_length: int = Field(gt=0)
     """Tokens of a sample that the model sees; a window holds one more, for the last label."""
     reset_attention_mask: bool = False
-    """Isolate packed documents: attention stays inside a document, positions restart, and the first token of the next document is not a label."""
+    """Isolate packed documents: attention stays inside a document, positions restart, and the first token of the next
+    document is not a label."""
     num_workers: int = Field(1, ge=0)
     """Processes that prepare batches ahead of the step; 0 prepares them in the training process."""

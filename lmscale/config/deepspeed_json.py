@@ -111,7 +111,9 @@ def resolve_deepspeed(keys: dict[str, Any], config: RunConfig, dp_size: int) -> 
 
 def passed_notes(keys: dict[str, Any]) -> list[str]:
     """List the keys that DeepSpeed gets as they are though no test of ours covers them, each with its note."""
-    return [f"{path}: {key.note}" for path, key in KEYS.items() if key.status == "passed" and _get(keys, path) is not None]
+    return [
+        f"{path}: {key.note}" for path, key in KEYS.items() if key.status == "passed" and _get(keys, path) is not None
+    ]
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,7 +148,13 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "section": lambda value: isinstance(value, dict),
     "any": lambda value: True,
 }
-_TYPE_NAMES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "section": "an object"}
+_TYPE_NAMES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "section": "an object",
+}
 
 
 def _is_number(value: Any) -> bool:
@@ -176,7 +184,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _scale(config: RunConfig) -> LossScaleConfig | None:
-    """The loss scale in force; None where nothing is scaled, and what the JSON says of it is without effect."""
+    """Return the loss scale in force; None where nothing is scaled, and what the JSON says of it is without effect."""
     if config.precision != "fp16":
         return None
     return config.loss_scale or LossScaleConfig()
@@ -211,7 +219,7 @@ _AGREEMENTS: dict[str, Callable[[RunConfig], tuple[str, Any]]] = {
 
 def _check_agreement(keys: dict[str, Any], path: str, name: str, expected: Any) -> None:
     given = _get(keys, path)
-    if given is None or given == AUTO or given == expected:
+    if given is None or given in (AUTO, expected):
         return
     raise ConfigError(
         f"contradicts {name} = {expected!r}",

@@ -1,4 +1,4 @@
-"""What lmscale does with each of DeepSpeed's JSON keys: one table, checked before any rank starts and printed in the docs.
+"""What lmscale does with each of DeepSpeed's JSON keys: one table, checked before any rank starts.
 
 DeepSpeed accepts a misspelt key without a word, and some of its keys would do what a section of ours does already. So
 each key that DeepSpeed 0.19 reads is here, `tested` (used in our tests), `passed` (handed through as it is, not tested
@@ -89,7 +89,9 @@ _TOP_LEVEL = (
     _refused("checkpoint", _OWN_CHECKPOINT, "use the checkpoint section"),
     _refused("datastates_ckpt", _OWN_CHECKPOINT, "use the checkpoint section"),
     _refused("nebula", _OWN_CHECKPOINT, "use the checkpoint section"),
-    _refused("pipeline", "lmscale sets the pipeline's partitioning off, which mixes ranks otherwise", "use parallel.pp_size"),
+    _refused(
+        "pipeline", "lmscale sets the pipeline's partitioning off, which mixes ranks otherwise", "use parallel.pp_size"
+    ),
     _refused("tensor_parallel", "lmscale builds tensor-parallel modules", "use parallel.tp_size"),
     _refused("sequence_parallel_size", "Ulysses sequence parallelism is not tested", "use parallel.sequence_parallel"),
     _refused("seq_parallel_communication_data_type", "Ulysses sequence parallelism is not tested"),
@@ -152,7 +154,9 @@ _ZERO = (
     _passed("zero_optimization.stage3_module_granularity_threshold", "int", "fetch small modules as one"),
     _passed("zero_optimization.stage3_use_all_reduce_for_fetch_params", "bool", "fetch parameters by all-reduce"),
     _passed("zero_optimization.stage3_allgather_sequential", "bool", "gather parameters one by one, with less memory"),
-    _passed("zero_optimization.stage3_gather_16bit_weights_on_model_save", "bool", "without effect: " + _OWN_CHECKPOINT),
+    _passed(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save", "bool", "without effect: " + _OWN_CHECKPOINT
+    ),
     _passed("zero_optimization.allgather_partitions", "bool", "gather updated parameters, or broadcast them"),
     _passed("zero_optimization.use_multi_rank_bucket_allreduce", "bool", "reduce the buckets of all ranks at once"),
     _passed("zero_optimization.ignore_unused_parameters", "bool", "accept parameters without a gradient (stage 2)"),

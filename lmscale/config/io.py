@@ -110,10 +110,10 @@ def _apply(config: Any, override: str) -> None:
         raise ConfigError("is neither an option nor key=value", field="command line", value=override)
     try:
         # OmegaConf's own reader knows 1e-4, which YAML 1.1 takes for a string.
-        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except yaml.YAMLError:
         raise ConfigError("the value is not YAML", field="command line", value=override) from None
     try:
-        OmegaConf.update(config, key, value, merge=True, force_add=True)
+        OmegaConf.update(config, key, parsed["value"], merge=True, force_add=True)
     except (TypeError, ValueError, IndexError, AttributeError):
         raise ConfigError("does not fit the config that it overrides", field="command line", value=override) from None

@@ -36,7 +36,7 @@ RULES: tuple[LayoutRule, ...] = (
     LayoutRule(
         "pipeline with ZeRO 2 or 3",
         lambda l: l.pp_size > 1 and l.zero_stage >= 2,
-        "a pipeline sends its gradients micro batch by micro batch, and DeepSpeed cannot partition them (ZeRO 2, 3) there",
+        "DeepSpeed cannot partition gradients (ZeRO 2, 3) that a pipeline makes micro batch by micro batch",
         "use ZeRO 1 with the pipeline, or parallel.pp_size = 1",
     ),
     LayoutRule(

@@ -10,7 +10,7 @@ from lmscale.config.base import Section
 
 
 class RampConfig(Section):
-    """Batch-size ramp: start, then one increment more after every equal share of ramp_samples, until global_batch_size."""
+    """Batch-size ramp: start, then one increment more after every equal share of ramp_samples."""
 
     start: int = Field(gt=0)
     """Global batch size of the first step, in sequences."""

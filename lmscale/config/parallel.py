@@ -19,4 +19,5 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split norms, dropouts and residuals along the sequence over the tensor-parallel ranks."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What backward computes again instead of keeping: full keeps each layer's input alone; selective drops the feed-forward activation, and attention's scores where the kernel keeps them."""
+    """What backward computes again instead of keeping: full keeps each layer's input alone; selective drops the feed-
+    forward activation, and attention's scores where the kernel keeps them."""

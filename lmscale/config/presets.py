@@ -3,7 +3,7 @@
 GPT-3: Brown et al. 2020, arXiv:2005.14165, table 2.1. Two rows of the table contradict themselves and are read so that
 heads x head width = width: XL has 16 heads of 128 (the table says 24, which would make 3,072, not 2,048), and 13B is
 5,120 wide (the table says 5,140, which 40 heads of 128 do not make). The vocabulary is GPT-2's (50,257).
-Alternating dense and locally banded sparse attention is described in the paper without its band; every layer is dense here.
+The paper alternates dense and locally banded sparse attention without giving the band; every layer is dense here.
 """
 
 from __future__ import annotations

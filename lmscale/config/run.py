@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -228,7 +229,9 @@ def _loss_scale_needs_fp16(config: RunConfig) -> None:
 def _options_are_read(config: RunConfig) -> None:
     model = config.model
     if model.position_embedding != "rope" and model.rope_theta != ModelConfig.model_fields["rope_theta"].default:
-        raise ConfigError("is read with model.position_embedding: rope only", field="model.rope_theta", value=model.rope_theta)
+        raise ConfigError(
+            "is read with model.position_embedding: rope only", field="model.rope_theta", value=model.rope_theta
+        )
     if model.position_embedding != "learned" and model.init.position_std is not None:
         raise ConfigError(
             "is read with model.position_embedding: learned only",
@@ -258,9 +261,12 @@ def split_shares(split: str) -> tuple[float, float, float]:
         parts = [float(part) for part in split.split(",")]
     except ValueError:
         parts = []
-    if len(parts) != 3 or min(parts) < 0 or parts[0] <= 0:
+    if len(parts) != 3 or not all(0 <= part < math.inf for part in parts) or parts[0] <= 0:
         raise ConfigError(
-            "must be three numbers, train,valid,test, train above 0", field="data.split", value=split, remedy='as in "98,1,1"'
+            "must be three numbers, train,valid,test, train above 0",
+            field="data.split",
+            value=split,
+            remedy='as in "98,1,1"',
         )
     total = sum(parts)
     return parts[0] / total, parts[1] / total, parts[2] / total

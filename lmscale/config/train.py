@@ -36,7 +36,8 @@ class CheckpointConfig(Section):
     keep: int = Field(3, ge=0)
     """Checkpoints to keep, the newest; 0 keeps all."""
     resume: str = "auto"
-    """auto: from output_dir's newest checkpoint if there is one; never: a new run in a new directory; or a checkpoint's path."""
+    """auto: from output_dir's newest checkpoint if there is one; never: a new run in a new directory; or a
+    checkpoint's path."""
 
 
 class MonitorConfig(Section):
@@ -49,4 +50,5 @@ class MonitorConfig(Section):
     megatron_names: bool = False
     """Also write the tags that Megatron-DeepSpeed's dashboards read."""
     device_flops_per_second: float | None = Field(None, gt=0)
-    """Peak of one device in the run's precision, for perf/mfu_fraction; left out, taken from the device's name, and where that is not known, no MFU is written."""
+    """Peak of one device in the run's precision, for perf/mfu_fraction; left out, taken from the device's name, and
+    where that is not known, no MFU is written."""

@@ -49,6 +49,7 @@ def _fields_at(model: type[BaseModel], path: list[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        model = next(branch for branch in branches(annotation) if isinstance(branch, type) and issubclass(branch, BaseModel))
+        model = next(
+            branch for branch in branches(annotation) if isinstance(branch, type) and issubclass(branch, BaseModel)
+        )
     return list(model.model_fields)
-

@@ -70,7 +70,7 @@ class SkipReport:
             DataError: if `strict`, and the record is broken.
         """
         if self.strict and skipped.broken:
-            raise DataError(skipped.reason, field=skipped.place, remedy="mend the line, or leave out --strict to skip it")
+            raise DataError(skipped.reason, field=skipped.place, remedy="mend it, or leave out --strict to skip it")
         self.counts[skipped.reason] += 1
         total = sum(self.counts.values())
         if total <= _REPORTED_AT_MOST:
@@ -90,7 +90,9 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
         matches = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
         files = [path for path in matches if path.is_file()]
         if not files:
-            raise DataError("matches no file", field="--input", value=pattern, remedy="quote a glob, and check its path")
+            raise DataError(
+                "matches no file", field="--input", value=pattern, remedy="check the path, and quote a glob"
+            )
         paths.update(dict.fromkeys(files))
     for path in paths:
         if not path.name.endswith(SUFFIXES):
@@ -157,12 +159,13 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending:
-            data = (self._frame.unused_data if self._frame is not None and self._frame.eof else b"") or self._raw.read(1 << 17)
+            between_frames = self._frame is None or self._frame.eof
+            data = (self._frame.unused_data if self._frame and between_frames else b"") or self._raw.read(1 << 17)
             if not data:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("its last zstd frame is truncated")
-                return 0
-            if self._frame is None or self._frame.eof:
+                if between_frames:
+                    return 0
+                raise EOFError("its last zstd frame is truncated")
+            if between_frames:
                 self._frame = self._context.decompressobj()
             try:
                 self._pending = self._frame.decompress(data)

@@ -23,7 +23,14 @@ from lmscale.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.integer[Any]]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DTYPES: dict[int, type[np.integer[Any]]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _REMEDY = "make it again: lmscale tokenize"
 
@@ -89,7 +96,7 @@ def read_index(prefix: str | Path) -> Index:
     # Behind the arrays, a multimodal index holds one byte for each sequence.
     if content.size not in (sum(sizes), sum(sizes) + num_sequences):
         raise DataError(
-            f"must hold {sum(sizes) + _HEADER.size} bytes and holds {content.size + _HEADER.size}: it is truncated or not whole",
+            f"holds {content.size + _HEADER.size} bytes, and its header is of {sum(sizes) + _HEADER.size}: truncated",
             field=str(path),
             remedy=_REMEDY,
         )
@@ -109,7 +116,9 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     _, version, code, num_sequences, num_bounds = _HEADER.unpack(header)
     if version != 1 or code not in _DTYPES:
         raise DataError(
-            f"is of version {version} and token type {code}, which lmscale does not read", field=str(path), remedy=_REMEDY
+            f"is of version {version} and token type {code}, which lmscale does not read",
+            field=str(path),
+            remedy=_REMEDY,
         )
     if num_sequences == 0 or num_bounds < 2:
         raise DataError("holds no documents", field=str(path), remedy=_REMEDY)
@@ -123,11 +132,12 @@ def _check(
     pointers: NDArray[np.int64],
     bounds: NDArray[np.int64],
 ) -> Index:
+    file = str(idx_path(prefix))
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
     if lengths.min() < 0 or not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
-        raise DataError("its sequences do not follow each other without a gap", field=str(idx_path(prefix)), remedy=_REMEDY)
+        raise DataError("its sequences do not follow each other without a gap", field=file, remedy=_REMEDY)
     if bounds[0] != 0 or bounds[-1] != len(lengths) or np.any(np.diff(bounds) < 0):
-        raise DataError("its documents do not cover its sequences in order", field=str(idx_path(prefix)), remedy=_REMEDY)
+        raise DataError("its documents do not cover its sequences in order", field=file, remedy=_REMEDY)
     path, expected = bin_path(prefix), int(offsets[-1]) * dtype.itemsize
     if path.stat().st_size != expected:
         raise DataError(

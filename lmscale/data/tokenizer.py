@@ -221,9 +221,7 @@ def hash_hf_files(path: str | Path) -> str:
     """
     files = [Path(path) / name for name in _HF_FILES if (Path(path) / name).is_file()]
     if not files:
-        raise DataError(
-            "is no directory with a tokenizer of transformers", field="tokenizer.path", value=str(path)
-        )
+        raise DataError("is no directory with a tokenizer of transformers", field="tokenizer.path", value=str(path))
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())

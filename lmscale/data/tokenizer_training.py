@@ -105,7 +105,8 @@ class _Passages:
 
     def __next__(self) -> str:
         try:
-            return next(self._passages)
+            passage: str = next(self._passages)
+            return passage
         except StopIteration:
             raise
         except BaseException as error:
@@ -129,9 +130,8 @@ def _training_error(message: str, vocab_size: int) -> DataError:
 
 
 def _too_large(vocab_size: int, limit: int) -> DataError:
-    return DataError(
-        "is more than the corpus can fill", field="--vocab-size", value=vocab_size, remedy=f"give at most {limit}, or more text"
-    )
+    remedy = f"give at most {limit}, or more text"
+    return DataError("is more than the corpus can fill", field="--vocab-size", value=vocab_size, remedy=remedy)
 
 
 def _append_sentinels(content: bytes) -> bytes:
@@ -157,7 +157,8 @@ def _check_size(content: bytes, vocab_size: int) -> None:
     if size < vocab_size:
         raise _too_large(vocab_size, size)
     if size > vocab_size:
-        raise DataError("is too small for the special ids", field="--vocab-size", value=vocab_size, remedy=f"give at least {size}")
+        remedy = f"give at least {size}"
+        raise DataError("is too small for the special ids", field="--vocab-size", value=vocab_size, remedy=remedy)
 
 
 def _write(directory: Path, content: bytes) -> None:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -54,7 +54,9 @@ class CorpusWriter:
     ) -> None:
         for partial in self._names:
             partial.unlink(missing_ok=True)
-        self._bin.close()
+        # The error on its way out says it all; what the buffer still holds is not wanted.
+        with suppress(OSError):
+            self._bin.close()
 
     def append(self, tokens: bytes, lengths: NDArray[np.int32]) -> None:
         """Append documents.
@@ -98,7 +100,8 @@ def _open_alone(path: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise DataError("another process is writing it", field=str(path), remedy="wait, or choose another --output") from None
+        remedy = "wait, or choose another --output"
+        raise DataError("another process is writing it", field=str(path), remedy=remedy) from None
     except OSError:
         pass  # A file system without locks: two writers at once are then the user's care.
     file.truncate(0)
@@ -112,7 +115,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         rule = "the disk is full" if error.errno in _DISK_FULL else f"cannot be written: {error.strerror}"
-        raise RunError(rule, field=str(path), remedy="nothing was kept; free some space or choose another --output") from None
+        remedy = "nothing was kept; free some space or choose another --output"
+        raise RunError(rule, field=str(path), remedy=remedy) from None
 
 
 def _write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from lmscale.models.attention import AttentionInputs, CoreAttention, DocumentMasks
 from lmscale.models.context import ModelContext
@@ -51,11 +51,15 @@ class TransformerLayer(nn.Module):
         record = context.wire.unpack(packed)
         micro_batch = context.dropout.next_micro_batch(self._key) if self.training and _has_dropout(context) else 0
         if context.recompute == "full" and torch.is_grad_enabled():
-            # ZeRO 3 releases parameters in hooks behind each module; a recompute that stops early would skip them.
-            with set_checkpoint_early_stop(False):
-                hidden = checkpoint(
-                    self._run, record.hidden, record, micro_batch, use_reentrant=False, preserve_rng_state=False
-                )
+            # ZeRO 3 gathers parameters in hooks around each module's backward, which only a reentrant recompute runs.
+            hidden = checkpoint(
+                self._run,
+                record.hidden,
+                record,
+                micro_batch,
+                use_reentrant=context.partitions_parameters,
+                preserve_rng_state=False,
+            )
         else:
             hidden = self._run(record.hidden, record, micro_batch)
         return context.wire.pack(record.with_hidden(hidden))

@@ -26,6 +26,7 @@ class ModelContext:
     weights: WeightInit
     dropout: DropoutClock
     recompute: str
+    partitions_parameters: bool
     compile: bool
 
     @property
@@ -41,6 +42,7 @@ def build_context(
     seed: int,
     sequence_parallel: bool = False,
     recompute: str = "none",
+    partitions_parameters: bool = False,
     isolates_documents: bool = False,
     compile: bool = False,
 ) -> ModelContext:
@@ -52,6 +54,7 @@ def build_context(
         seed: seed of weights and dropout.
         sequence_parallel: split hidden states along the sequence over the tensor-parallel ranks.
         recompute: none, selective or full.
+        partitions_parameters: parameters are gathered around each module (ZeRO 3).
         isolates_documents: packed documents do not see one another.
         compile: compile the transformer layers.
     """
@@ -65,5 +68,6 @@ def build_context(
         weights=weights,
         dropout=DropoutClock(seed, topology.dp_rank, topology.tp_rank),
         recompute=recompute,
+        partitions_parameters=partitions_parameters,
         compile=compile,
     )

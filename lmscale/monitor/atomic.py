@@ -13,7 +13,7 @@ from typing import BinaryIO
 def replaced(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, and rename it onto `path` if the block ends without an exception."""
     # The name begins with a dot and keeps nothing of the old one: TensorBoard reads any file named like its own.
-    temporary = path.parent / f".replacing-{os.getpid()}-{abs(hash(path.name))}.tmp"
+    temporary = path.parent / f".replacing-{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
             yield file

@@ -5,7 +5,8 @@ or past that step. A curve over tokens has an x of millions at step 1, so it wou
 and readers that know no session logs (TensorBoard's own data server) would still meet the overwritten steps. Cutting
 the files is right for every reader.
 
-An event file is a sequence of TFRecords: length (uint64), its checksum (uint32), an Event message, its checksum (uint32).
+An event file is a sequence of TFRecords: length (uint64), its checksum (uint32), an Event message, its checksum
+(uint32).
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import lmscale
 from lmscale.config.io import show
 from lmscale.config.run import RunConfig
 from lmscale.monitor.atomic import replaced
 
 _PACKAGES = ("lmscale", "torch", "deepspeed", "megatron-core", "numpy", "sentencepiece")
+_PACKAGE_DIR = Path(__file__).parents[1]
 _GIT_TIMEOUT_S = 10
 
 
@@ -84,10 +84,9 @@ def git_commit(directory: Path) -> str | None:
 
 def git_commit_of_package() -> str | None:
     """Return the commit of the checkout that lmscale runs from, or None for an installed copy."""
-    package = Path(lmscale.__file__).parent
     # An installed copy may lie, ignored, inside a checkout of something else.
-    is_tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None
-    return git_commit(package) if is_tracked else None
+    is_tracked = _git(_PACKAGE_DIR, "ls-files", "--error-unmatch", "__init__.py") is not None
+    return git_commit(_PACKAGE_DIR) if is_tracked else None
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

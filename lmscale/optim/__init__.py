@@ -1,1 +1,1 @@
-
+"""Parameter groups, and the schedules of rate and batch size."""

@@ -1,1 +1,1 @@
-
+"""The planner: parameters, FLOPs and devices, without torch."""

@@ -1,0 +1,122 @@
+"""`lmscale train` and `lmscale doctor`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lmscale.config.io import documentation, load_run, show
+from lmscale.errors import ConfigError
+
+
+def train(
+    run: Annotated[str | None, typer.Argument(metavar="RUN.yaml", help="The run's config.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Keys to override, as in optim.lr=3e-4.")
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks on each host. Left out: the hostfile's slots, or all CUDA devices of this host, or 1."
+        ),
+    ] = None,
+    hostfile: Annotated[str | None, typer.Option(help='Hosts, one to a line: "NAME slots=RANKS".')] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="deepspeed, pdsh, openmpi, mpich, slurm or torchrun. Left out: deepspeed.")
+    ] = None,
+    deepspeed_config: Annotated[
+        str | None,
+        typer.Option("--deepspeed_config", "--deepspeed-config", help="DeepSpeed JSON, in the place of the config's."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, print the command and the resolved config, start nothing."),
+    ] = False,
+    help_config: Annotated[
+        bool, typer.Option("--help-config", help="Describe every key of a config and exit.")
+    ] = False,
+) -> int:
+    """Check a run, start its ranks and stay with them to the end.
+
+    Mistakes are found before any rank starts. TERM and Ctrl-C finish the step, save and exit with 75; a second Ctrl-C
+    kills. USR1 saves and goes on.
+    """
+    if help_config:
+        _print_documentation()
+        return 0
+    if run is None:
+        raise ConfigError("is missing", field="RUN.yaml", remedy="see lmscale train --help")
+    from lmscale.launcher.compose import compose, place
+    from lmscale.launcher.start import resolved_config_path, start
+    from lmscale.launcher.validate import validate_run
+
+    config = load_run(run, overrides or ())
+    if deepspeed_config is not None:
+        config = config.model_copy(update={"deepspeed": deepspeed_config})
+    placement = place(launcher, devices, hostfile)
+    plan = validate_run(config, placement.num_ranks)
+    command = compose(plan, placement, resolved_config_path(plan))
+    if dry_run:
+        typer.echo(command.show())
+        typer.echo(show(plan.config), nl=False)
+        return 0
+    outcome = start(plan, command)
+    if outcome.error is not None:
+        sys.stderr.write(f"error: {outcome.error}\n")
+    return outcome.status
+
+
+def doctor(
+    layouts: Annotated[
+        bool, typer.Option("--layouts", help="Show which layouts can be trained, and nothing else.")
+    ] = False,
+) -> int:
+    """Show what this machine has and lacks for training; exit with 1 where training needs something that is missing."""
+    if layouts:
+        _print_layouts()
+        return 0
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lmscale.launcher.doctor import examine
+
+    styles = {"ok": "green", "missing": "red", "note": "yellow"}
+    table = Table("", "state", "found", "remedy")
+    console, is_ready = Console(), True
+    with console.status("looking"):
+        for finding in examine():
+            style = styles[finding.state]
+            table.add_row(finding.name, f"[{style}]{finding.state}[/]", escape(finding.value), escape(finding.remedy))
+            is_ready = is_ready and finding.state != "missing"
+    console.print(table)
+    return 0 if is_ready else 1
+
+
+def _print_layouts() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmscale.config.layouts import RULES, legal_table
+
+    rows = legal_table()
+    table = Table(*rows[0], title="Layouts that can be trained")
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    console.print(table)
+    for rule in RULES:
+        console.print(f"{rule.name}: no, because {rule.because}; {rule.instead}.", highlight=False, markup=False)
+
+
+def _print_documentation() -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("key", "type", "default", "meaning")
+    for row in documentation():
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)

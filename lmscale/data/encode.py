@@ -1,0 +1,228 @@
+"""Text to .bin/.idx: worker processes encode chunks of documents, this process reads and writes in order."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscale.config.data import TokenizerConfig
+from lmscale.data.corpus import Record, Skipped, SkipReport, expand_inputs, parse_record, read_records
+from lmscale.data.index_file import dtype_for
+from lmscale.data.manifest import Manifest
+from lmscale.data.tokenizer import Tokenizer, load_tokenizer
+from lmscale.data.writer import CorpusWriter
+from lmscale.errors import DataError, RunError
+
+_CHUNK_BYTES = 1 << 18
+_CHUNK_RECORDS = 4096
+_CHUNKS_IN_FLIGHT_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class EncodeResult:
+    """What a tokenization made, and how fast."""
+
+    manifest: Manifest
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written for each second from the first byte read to the corpus in place."""
+        return self.manifest.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A chunk on its way back: `tokens` of all its documents, `lengths` int32 [documents]."""
+
+    tokens: bytes
+    lengths: NDArray[np.int32]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Encodes chunks; each worker holds one."""
+
+    tokenizer: Tokenizer
+    json_key: str
+    end_id: int | None
+
+    def __call__(self, records: list[Record]) -> _Encoded:
+        parsed = [parse_record(record, self.json_key) for record in records]
+        ids = self.tokenizer.encode_batch([text for text in parsed if isinstance(text, str)])
+        if self.end_id is not None:
+            for document in ids:
+                document.append(self.end_id)
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        dtype = dtype_for(self.tokenizer.vocab_size)
+        tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype, int(lengths.sum(dtype=np.int64)))
+        return _Encoded(tokens.tobytes(), lengths, [found for found in parsed if isinstance(found, Skipped)])
+
+
+def encode_corpus(
+    inputs: Sequence[str],
+    tokenizer_config: TokenizerConfig,
+    output_prefix: str | Path,
+    workers: int | None = None,
+    json_key: str = "text",
+    strict: bool = False,
+    append_eod: bool = True,
+) -> EncodeResult:
+    """Tokenize a corpus into PREFIX.bin, PREFIX.idx and PREFIX.json, which appear together, when whole.
+
+    The output is the same for every number of workers. Memory holds a few chunks of 256 KiB of text for each worker (a
+    longer document is a chunk of its own) and 4 bytes for each document.
+
+    Args:
+        inputs: globs of .txt and .jsonl files, also .gz and .zst.
+        tokenizer_config: the tokenizer.
+        output_prefix: the output; a former corpus there is replaced at the end.
+        workers: processes that encode; 1 encodes in this one, None takes one for each CPU that this process may use.
+            More than one needs what multiprocessing's "spawn" needs: a script guards its main.
+        json_key: the key of the text in JSON lines.
+        strict: stop at a broken line, in the place of skipping and counting it.
+        append_eod: put the tokenizer's eos id behind each document.
+
+    Raises:
+        DataError: if the input or the tokenizer cannot be used, or no document is left.
+        RunError: if the output cannot be written, or a worker dies.
+    """
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(tokenizer_config)
+    end_id = tokenizer.eos_id if append_eod else None
+    if append_eod and end_id is None:
+        raise DataError("has no eos id to end documents with", field="tokenizer", value=tokenizer_config.path)
+    paths = expand_inputs(inputs)
+    report = SkipReport(strict)
+    encoder = _Encoder(tokenizer, json_key, end_id)
+    documents, tokens = 0, 0
+    with (
+        CorpusWriter(output_prefix, dtype_for(tokenizer.vocab_size)) as writer,
+        _mapper(workers or len(os.sched_getaffinity(0)), encoder, tokenizer_config) as encode,
+        _progress(sum(path.stat().st_size for path in paths)) as advance,
+    ):
+        for chunk in encode(_chunks(read_records(paths, advance))):
+            for skipped in chunk.skipped:
+                report.add(skipped)
+            writer.append(chunk.tokens, chunk.lengths)
+            documents += len(chunk.lengths)
+            tokens += int(chunk.lengths.sum(dtype=np.int64))
+        if documents == 0:
+            raise DataError("holds no documents", field="--input", value=" ".join(inputs))
+
+        def manifest(idx_sha256: str, bin_bytes: int) -> Manifest:
+            return Manifest(
+                tokenizer.content_hash,
+                tokenizer.vocab_size,
+                end_id,
+                documents,
+                tokens,
+                dict(report.counts),
+                idx_sha256,
+                bin_bytes,
+            )
+
+        return EncodeResult(writer.finish(manifest), time.perf_counter() - began)
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        chunk.append(record)
+        size += len(record.data)
+        if size >= _CHUNK_BYTES or len(chunk) >= _CHUNK_RECORDS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+_Map = Callable[[Iterable[list[Record]]], Iterator[_Encoded]]
+
+
+@contextmanager
+def _mapper(workers: int, encoder: _Encoder, config: TokenizerConfig) -> Iterator[_Map]:
+    """Provide a lazy, ordered map over chunks, in this process or in workers."""
+    if workers == 1:
+        yield lambda chunks: map(encoder, chunks)
+        return
+    # Spawned, not forked: the caller may have threads (torch's, a progress bar's), whose locks a fork leaves locked.
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(config, encoder.json_key, encoder.end_id),
+    )
+    try:
+        yield lambda chunks: _ordered(pool, chunks, workers * _CHUNKS_IN_FLIGHT_PER_WORKER)
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process died", field="--workers", value=workers, remedy="if memory ran out, use fewer"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ordered(pool: ProcessPoolExecutor, chunks: Iterable[list[Record]], in_flight: int) -> Iterator[_Encoded]:
+    waiting: deque[Future[_Encoded]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_encode_in_worker, chunk))
+        if len(waiting) >= in_flight:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+_worker_encoder: _Encoder
+
+
+def _start_worker(config: TokenizerConfig, json_key: str, end_id: int | None) -> None:
+    """Load the tokenizer, leave Ctrl-C to the parent, and die with it."""
+    global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _worker_encoder = _Encoder(load_tokenizer(config), json_key, end_id)
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(records: list[Record]) -> _Encoded:
+    return _worker_encoder(records)
+
+
+@contextmanager
+def _progress(total_bytes: int) -> Iterator[Callable[[int], Any]]:
+    """Show a bar of the bytes read, where the error stream is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("tokenize", total=total_bytes)
+        yield lambda count: progress.advance(task, count)

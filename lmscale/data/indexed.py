@@ -1,0 +1,108 @@
+"""A tokenized corpus on disk, opened and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscale.data.index_file import bin_path, idx_path, read_index
+from lmscale.data.manifest import Manifest, read_manifest, sha256_of_file
+from lmscale.errors import DataError
+
+_BLOCK_BYTES = 4096
+_NUM_BLOCKS = 256
+
+
+class IndexedCorpus:
+    """The documents of PREFIX.bin and PREFIX.idx, memory-mapped.
+
+    Opening checks the whole index against the size of the .bin, and reads no token. A copy in another process (pickle,
+    as data loader workers make it) opens the files again instead of carrying their content.
+
+    Attributes:
+        prefix: as given.
+        tokens: flat memory map of all tokens, in the dtype of the file, not to be written.
+        document_offsets: int64 [num_documents + 1], the first token of each document, and the end.
+
+    Raises:
+        DataError: naming the file that is missing, empty, truncated or foreign.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        index = read_index(prefix)
+        self.document_offsets = index.document_offsets
+        self.tokens: NDArray[np.integer[Any]] = np.memmap(bin_path(prefix), index.dtype, "r")
+
+    def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
+        return IndexedCorpus, (self.prefix,)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the corpus."""
+        return len(self.document_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the corpus, document ends included."""
+        return len(self.tokens)
+
+    def document(self, number: int) -> NDArray[np.integer[Any]]:
+        """Return the tokens of one document, its end included: a view."""
+        return self.tokens[self.document_offsets[number] : self.document_offsets[number + 1]]
+
+    @cached_property
+    def idx_sha256(self) -> str:
+        """SHA-256 of the .idx."""
+        return sha256_of_file(idx_path(self.prefix))
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Identify the content: SHA-256 of the whole .idx and of 256 blocks of 4 KiB spread over the .bin.
+
+        A rebuilt corpus differs; a few bytes changed in place between the blocks do not show.
+        """
+        digest = hashlib.sha256(self.idx_sha256.encode())
+        content = self.tokens.view(np.uint8)
+        last = max(0, len(content) - _BLOCK_BYTES)
+        for start in np.unique(np.linspace(0, last, _NUM_BLOCKS).astype(np.int64)):
+            digest.update(content[start : start + _BLOCK_BYTES].tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """What `lmscale tokenize` wrote beside the corpus; None for a corpus of another tool."""
+        return read_manifest(self.prefix, self.idx_sha256)
+
+    def check_vocabulary(self, vocab_size: int, tokenizer_hash: str | None = None) -> None:
+        """Check that the corpus is of a model's vocabulary, as far as its manifest tells.
+
+        Without a manifest nothing is known here, and the loader's check of each batch remains.
+
+        Args:
+            vocab_size: of the model.
+            tokenizer_hash: `content_hash` of the run's tokenizer; None leaves it out.
+
+        Raises:
+            DataError: if the corpus was made with another vocabulary.
+        """
+        manifest = self.manifest
+        if manifest is None:
+            return
+        if manifest.vocab_size != vocab_size:
+            raise DataError(
+                f"was tokenized with a vocabulary of {manifest.vocab_size}, and model.vocab_size is {vocab_size}",
+                field=self.prefix,
+                remedy=f"set model.vocab_size={manifest.vocab_size}, or tokenize again",
+            )
+        if tokenizer_hash is not None and manifest.tokenizer_hash != tokenizer_hash:
+            raise DataError(
+                "was tokenized with another tokenizer than tokenizer.path",
+                field=self.prefix,
+                remedy="set tokenizer.path to the one that made it, or tokenize again",
+            )

@@ -1,0 +1,62 @@
+"""The ranks' environment: who is which rank, how many threads each may use, and what has to travel to other hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+_RANK_NAMES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
+}
+
+_TRAVELS = re.compile(
+    r"^(NCCL_|GLOO_|UCX_|FI_|OMP_NUM_THREADS$|DS_ACCELERATOR$|LMSCALE_|TORCH_EXTENSIONS_DIR$|TORCH_NCCL_|TRITON_CACHE_DIR$"
+    r"|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_WORKSPACE_CONFIG$|TOKENIZERS_PARALLELISM$|HF_HOME$|HF_HUB_OFFLINE$|PYTORCH_)"
+)
+_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY", re.IGNORECASE)
+
+
+def adopt_rank(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Fill in RANK, LOCAL_RANK and WORLD_SIZE where srun or mpirun started this process and named them otherwise."""
+    for name, sources in _RANK_NAMES.items():
+        given = next((environ[source] for source in sources if source in environ), None)
+        if name not in environ and given is not None:
+            environ[name] = given
+
+
+def travelling(environ: Mapping[str, str]) -> dict[str, str]:
+    """Select what ranks on other hosts need of an environment: communication, devices, caches; never a secret."""
+    return {name: value for name, value in environ.items() if _TRAVELS.match(name) and not _SECRET.search(name)}
+
+
+def visible_devices(environ: Mapping[str, str], device_directory: Path = Path("/dev")) -> list[str] | None:
+    """List the CUDA devices of this host without importing torch; None where there is no such device.
+
+    What CUDA_VISIBLE_DEVICES names, or else every /dev/nvidiaN.
+    """
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        return None
+    nodes = sorted(path.name.removeprefix("nvidia") for path in device_directory.glob("nvidia[0-9]*"))
+    if not nodes:
+        return None
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        return [name.strip() for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()] or None
+    return [str(number) for number in range(len(nodes))]
+
+
+def threads_for(num_ranks: int) -> int:
+    """Compute the threads of each of num_ranks ranks on this host: an even share of the cores, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+def free_port() -> int:
+    """Find a TCP port that nobody listens on, so that two runs on one host do not meet on the launcher's fixed one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,142 @@
+"""What a rank and its supervisor tell each other, through small files in a directory named by the environment.
+
+A rank registers (its process id, once it handles signals) and, when it ends, reports its exit status and error line.
+DeepSpeed's launcher cannot carry this: it returns the status of whichever rank failed first, and 1 for its own signals.
+Without a supervisor, under the bare `deepspeed` or `torchrun`, nothing is written and a rank's status is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmscale.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED_AND_SAVED, LmscaleError
+from lmscale.log import get_logger
+
+STATUS_DIR = "LMSCALE_STATUS_DIR"
+"""Environment: the directory of these files; absent without a supervisor."""
+RUN_ID = "LMSCALE_RUN_ID"
+"""Environment: marks every process of one launch, so that none is left behind."""
+STATUS_BY_FILE = "LMSCALE_STATUS_BY_FILE"
+"""Environment: "1" where the supervisor sees every report (all ranks on its host). A rank then ends with 0 after 2 or
+75, because DeepSpeed's launcher kills the other ranks as soon as one returns anything else, mid-save included."""
+
+_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A rank that is up and handles signals."""
+
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a rank ended."""
+
+    status: int
+    error: str
+
+
+def rank() -> int:
+    """Return this process's global rank; 0 outside a launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def register() -> None:
+    """Tell the supervisor that this rank handles signals from now on; without a supervisor, do nothing."""
+    _write("pid", f"{os.getpid()}\n{socket.gethostname()}")
+
+
+def report(status: int, error: str = "") -> int:
+    """Record how this rank ends.
+
+    Args:
+        status: its exit status.
+        error: its error line, for the supervisor to print.
+
+    Returns:
+        The status that the process should exit with.
+    """
+    recorded = _write("status", f"{status}\n{error}")
+    told = {EXIT_BAD_INPUT, EXIT_INTERRUPTED_AND_SAVED}
+    return 0 if recorded and status in told and os.environ.get(STATUS_BY_FILE) == "1" else status
+
+
+def run_rank(body: Callable[[], int]) -> int:
+    """Run a rank's work, say what went wrong in one line, and report its status.
+
+    Of an error that all ranks find alike (a wrong config), one line is printed: by the supervisor, or by rank 0 where
+    there is none; every rank logs its own. An error that is no LmscaleError keeps its traceback.
+
+    Returns:
+        The status that the process should exit with: `sys.exit(run_rank(main))`.
+    """
+    try:
+        return report(body())
+    except LmscaleError as error:
+        _say(error)
+        return report(error.exit_status, str(error))
+    except SystemExit as error:
+        return report(error.code if isinstance(error.code, int) else EXIT_FAILURE if error.code else 0)
+    except Exception as error:
+        sys.stderr.write(traceback.format_exc())
+        return report(EXIT_FAILURE, f"rank {rank()} failed: {type(error).__name__}: {error}".splitlines()[0])
+
+
+def read_registrations(directory: Path) -> dict[int, Registration]:
+    """Read who has registered, by rank."""
+    found = {}
+    for number, text in _read(directory, "pid"):
+        pid, _, host = text.partition("\n")
+        found[number] = Registration(int(pid), host)
+    return found
+
+
+def read_reports(directory: Path) -> dict[int, Report]:
+    """Read who has ended, by rank."""
+    found = {}
+    for number, text in _read(directory, "status"):
+        status, _, error = text.partition("\n")
+        found[number] = Report(int(status), error)
+    return found
+
+
+def _say(error: LmscaleError) -> None:
+    if STATUS_DIR in os.environ:
+        return
+    if rank() == 0:
+        sys.stderr.write(f"error: {error}\n")
+        return
+    get_logger(__name__).error("error: %s", error)
+    # A launcher kills the others when the first rank fails; rank 0 is the one that says why.
+    time.sleep(_PATIENCE_S)
+
+
+def _write(kind: str, text: str) -> bool:
+    directory = os.environ.get(STATUS_DIR)
+    if directory is None:
+        return False
+    path = Path(directory) / f"rank-{rank():05d}.{kind}"
+    partial = path.with_suffix(f".{kind}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        # A full disk must not hide the failure that is being reported; the supervisor takes silence for a failure.
+        return False
+    return True
+
+
+def _read(directory: Path, kind: str) -> list[tuple[int, str]]:
+    return [
+        (int(path.stem.removeprefix("rank-")), path.read_text()) for path in sorted(directory.glob(f"rank-*.{kind}"))
+    ]

@@ -1,0 +1,200 @@
+"""Everything about a run that can be checked before a rank starts: config, layout, corpora, tokenizer, directory.
+
+A rank that finds a mistake on its own takes ten seconds to start and may be killed before it can say what was wrong.
+No torch and no deepspeed here; cheap checks come first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed, resolve_deepspeed
+from lmscale.config.io import load_run
+from lmscale.config.run import RunConfig, ZeroChoice, check_run, dp_size_of
+from lmscale.errors import CheckpointError, ConfigError, DataError, LmscaleError
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A checked run and the number of ranks that it is for."""
+
+    config: RunConfig
+    """With DeepSpeed's keys in it, so that one file is all that a rank needs."""
+    zero: ZeroChoice
+    """What DeepSpeed's keys say about the layout."""
+    num_ranks: int
+    """Ranks on all hosts together."""
+    dp_size: int
+    """Data-parallel ranks."""
+
+
+def validate_run(config: RunConfig, devices: int) -> LaunchPlan:
+    """Check a run for a number of ranks.
+
+    Args:
+        config: as `load_run` returned it.
+        devices: ranks, over all hosts.
+
+    Raises:
+        ConfigError: if keys contradict each other, the layout is illegal, or output_dir cannot be used.
+        DataError: if a corpus or the tokenizer is missing, damaged, too small, or not the model's.
+        CheckpointError: if a checkpoint that the config names is missing.
+    """
+    keys = load_deepspeed(config.deepspeed)
+    zero = check_deepspeed(keys, config)
+    check_run(config, zero, devices)
+    dp_size = dp_size_of(config, devices)
+    resolve_deepspeed(keys, config, dp_size)
+    inlined = config.model_copy(update={"deepspeed": keys})
+    _check_checkpoints_exist(config)
+    check_output_dir(inlined)
+    _check_data(config)
+    return LaunchPlan(inlined, zero, devices, dp_size)
+
+
+def _check_checkpoints_exist(config: RunConfig) -> None:
+    for field, value in (("model.init_from", config.model.init_from), ("checkpoint.resume", config.checkpoint.resume)):
+        if value not in (None, "auto", "never") and not Path(str(value)).exists():
+            raise CheckpointError("there is no such checkpoint", field=field, value=value)
+
+
+def check_output_dir(config: RunConfig) -> None:
+    """Check that output_dir can be written and does not hold another run.
+
+    Raises:
+        ConfigError: naming the first key that differs from the run that is there, with both values.
+    """
+    directory = Path(config.output_dir)
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is not a directory", field="output_dir", value=config.output_dir)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{existing} cannot be written", field="output_dir", value=config.output_dir)
+    if config.checkpoint.resume == "never":
+        if any(directory.glob("checkpoints/step-*")):
+            raise ConfigError(
+                f"{directory} holds checkpoints already",
+                field="checkpoint.resume",
+                value="never",
+                remedy="use another output_dir, or checkpoint.resume = auto to go on from them",
+            )
+        return
+    if (directory / CONFIG_FILE).is_file():
+        _check_same_run(config, directory / CONFIG_FILE)
+
+
+def _check_same_run(config: RunConfig, path: Path) -> None:
+    try:
+        former = load_run(path)
+    except LmscaleError as error:
+        raise ConfigError(
+            f"{path} is of a run that cannot be resumed ({error})",
+            field="output_dir",
+            value=config.output_dir,
+            remedy="use another output_dir",
+        ) from None
+    there = dict(identity_of(former))
+    for key, ours in identity_of(config):
+        if ours != there.get(key):
+            raise ConfigError(
+                f"the run in {config.output_dir} has {there.get(key)!r}",
+                field=key,
+                value=ours,
+                remedy="use another output_dir, or the former value",
+            )
+
+
+def identity_of(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of what must not change when a run is resumed.
+
+    Layout, micro batch, intervals and the length of the run may change; the model, what it reads, in which order, and
+    how much of it goes into a step may not.
+    """
+    excluded: dict[str, Any] = {"preset": True, "init_from": True}
+    yield from _flatten("model", config.model.model_dump(exclude=excluded))
+    yield from _flatten(
+        "data", config.data.model_dump(include={"train", "split", "seq_length", "reset_attention_mask"})
+    )
+    yield from _flatten("objective", config.objective.model_dump())
+    yield "train.seed", config.train.seed
+    yield "batch.global_batch_size", config.batch.global_batch_size
+    yield "batch.ramp", None if config.batch.ramp is None else config.batch.ramp.model_dump()
+
+
+def _flatten(prefix: str, section: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flatten(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value
+
+
+def _check_data(config: RunConfig) -> None:
+    tokenizer_hash = None if config.tokenizer is None else _check_tokenizer(config)
+    for field, prefix in _prefixes(config):
+        _check_corpus(config, field, prefix)
+        _check_manifest(config, field, prefix, tokenizer_hash)
+
+
+def _prefixes(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for number, train_source in enumerate(config.data.train):
+        yield f"data.train.{number}.prefix", train_source.prefix
+    for number, valid_source in enumerate(config.data.valid):
+        yield f"data.valid.{number}.prefix", valid_source.prefix
+
+
+def _check_tokenizer(config: RunConfig) -> str:
+    from lmscale.data.tokenizer import SentencePieceTokenizer, tokenizer_hash
+
+    assert config.tokenizer is not None
+    if config.tokenizer.type == "hf":
+        # transformers takes seconds to import; the ranks look at its vocabulary.
+        return tokenizer_hash(config.tokenizer)
+    tokenizer = SentencePieceTokenizer(config.tokenizer.path)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} entries",
+            field="model.vocab_size",
+            value=config.model.vocab_size,
+            remedy=f"use model.vocab_size = {tokenizer.vocab_size}",
+        )
+    return tokenizer.content_hash
+
+
+def _check_corpus(config: RunConfig, field: str, prefix: str) -> None:
+    from lmscale.data.index_file import read_index
+
+    window = config.data.seq_length + 1
+    num_tokens = int(read_index(prefix).document_offsets[-1])
+    if num_tokens < window:
+        raise DataError(
+            f"holds {num_tokens} tokens, and one window is data.seq_length + 1 = {window}",
+            field=field,
+            value=prefix,
+            remedy="use a larger corpus or a shorter sequence",
+        )
+
+
+def _check_manifest(config: RunConfig, field: str, prefix: str, tokenizer_hash: str | None) -> None:
+    from lmscale.data.index_file import idx_path
+    from lmscale.data.manifest import manifest_path, read_manifest, sha256_of_file
+
+    if not manifest_path(prefix).is_file():
+        return
+    manifest = read_manifest(prefix, sha256_of_file(idx_path(prefix)))
+    if manifest is None:
+        return
+    remedy = "tokenize it again with the run's tokenizer"
+    if manifest.vocab_size != config.model.vocab_size:
+        rule = f"was tokenized with {manifest.vocab_size} entries, and model.vocab_size = {config.model.vocab_size}"
+        raise DataError(rule, field=field, value=prefix, remedy=remedy)
+    if tokenizer_hash is not None and manifest.tokenizer_hash != tokenizer_hash:
+        assert config.tokenizer is not None
+        rule = f"was tokenized with another tokenizer than tokenizer.path = {config.tokenizer.path!r}"
+        raise DataError(rule, field=field, value=prefix, remedy=remedy)

@@ -1,0 +1,304 @@
+"""A training engine over DeepSpeed's two, with one face.
+
+The one file that knows DeepSpeed's quirks. Each is named where it is mended, and tests/train/test_engine_quirks.py pins
+what we rely on:
+
+- ZeRO 0 reports no gradient norm, and with pipelines clips by a wrong one: we clip and measure (GradientClipper).
+- The engine's boundary of accumulation counts all micro steps so far: wrong once a batch ramp changes their number.
+- fp16: the optimizer unscales with the scale of after its update, so a step in which the scale doubles is halved:
+  growth waits until the step is done (_DeferredGrowth).
+- A wire that changes its length needs its buffers reset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
+
+from lmscale.batch import LABEL_NAMES
+from lmscale.errors import RunError
+from lmscale.log import get_logger
+from lmscale.models.context import ModelContext
+from lmscale.optim.build import set_rate
+from lmscale.train.fragments import Fragment, fragments
+
+_log = get_logger(__name__)
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did.
+
+    loss is a float32 scalar tensor on the device: the mean over the global batch's counted labels, the same on every
+    rank. grad_norm is the global L2 norm before clipping; inf where the step overflowed and was skipped.
+    """
+
+    loss: torch.Tensor
+    grad_norm: float
+    loss_scale: float
+    is_skipped: bool
+
+
+class Engine:
+    """Trains a model built by `models.build` under DeepSpeed, by whole optimizer steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: ModelContext,
+        loss: Callable[..., torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        deepspeed_config: dict[str, Any],
+        max_grad_norm: float,
+    ):
+        """Wrap a model and its optimizer.
+
+        Args:
+            model: SequentialModel or PipelineModule.
+            context: what its layers share.
+            loss: loss(outputs, (labels, loss_mask, weight)).
+            optimizer: a torch optimizer over the model's parameters.
+            deepspeed_config: the resolved JSON.
+            max_grad_norm: for ZeRO 0, where we clip; elsewhere the JSON's gradient_clipping does.
+        Collectives: DeepSpeed broadcasts parameters; every rank must call.
+        """
+        self.context = context
+        self.topology = context.topology
+        self.zero_stage = int(deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+        self._loss = loss
+        self._clipper = None
+        if self.zero_stage == 0:
+            self._clipper = GradientClipper(model, context, max_grad_norm)
+            optimizer.register_step_pre_hook(lambda *_: self._clipper())
+        mpu = None if _is_pipeline(model) else self.topology.mpu
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu
+        )
+        self.basic_optimizer = optimizer
+        self._is_pipeline = isinstance(self.deepspeed, PipelineEngine)
+        self._growth = _DeferredGrowth(self.optimizer) if self.deepspeed.fp16_enabled() else None
+        self._length: int | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The module under DeepSpeed's engine."""
+        return self.deepspeed.module
+
+    def fragments(self) -> list[Fragment]:
+        """List this rank's part of the training state."""
+        return fragments(self.model, self.optimizer, self.zero_stage, self.topology.tp_size)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether this rank's stage needs micro batches."""
+        return self.topology.is_first_stage or self.topology.is_last_stage
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale of the next step's loss; 1 but for fp16."""
+        return float(self.optimizer.loss_scale) if self._growth else 1.0
+
+    def train_step(self, micro_batches: list[MicroBatch], num_micro_batches: int, step: int, lr: float) -> StepResult:
+        """Run forward and backward over the micro batches of one optimizer step, and the update.
+
+        Args:
+            micro_batches: this data-parallel rank's, on the CPU; empty on stages that read no data.
+            num_micro_batches: their number, on every stage.
+            step: number of the step, from 1; it seeds dropout.
+            lr: the rate.
+        Raises:
+            RunError: if an overflow comes at the lowest loss scale.
+        Collectives: every rank must call with the same num_micro_batches, step and lr.
+        """
+        engine = self.deepspeed
+        engine.train()
+        self.context.dropout.begin_step(step)
+        set_rate(self.optimizer, lr)
+        self._set_num_micro_batches(num_micro_batches)
+        batches = self._weigh(micro_batches, num_micro_batches)
+        try:
+            loss = self._train_pipeline(batches) if self._is_pipeline else self._train_sequential(batches)
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise RunError(
+                    "gradients overflow at the lowest loss scale; the run cannot go on",
+                    field="loss_scale.minimum",
+                    value=self.loss_scale,
+                    remedy="lower optim.lr, look at the data of this step, or use bf16",
+                ) from None
+            raise
+        skipped = bool(getattr(self.optimizer, "overflow", False))
+        scale = self.loss_scale
+        if self._growth:
+            self._growth.apply()
+        return StepResult(loss, self._grad_norm(skipped), scale, skipped)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterator[MicroBatch] | None, num_micro_batches: int) -> tuple[float, float]:
+        """Sum the loss of held-out micro batches over all data-parallel ranks.
+
+        Returns:
+            (summed loss, number of counted labels), on every rank.
+        Collectives: every rank must call with the same num_micro_batches.
+        """
+        device = self.topology.device
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        one = torch.ones(1, device=device)
+
+        def prepared() -> Iterator[tuple[Any, Any]]:
+            assert micro_batches is not None
+            for micro_batch in micro_batches:
+                count.add_(micro_batch["loss_mask"].sum().to(device))
+                yield self._pack(micro_batch, one)
+
+        self.deepspeed.eval()
+        if self._is_pipeline:
+            self._reset_wire(None)
+            iterator = prepared() if self.reads_data else None
+            mean = self.deepspeed.eval_batch(iterator, num_micro_batches=num_micro_batches, reduce_output="avg")
+            total = mean.double() * num_micro_batches * self.topology.dp_size
+            self._reset_wire(None)
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            for inputs, labels in prepared():
+                total += self._loss(self.deepspeed(_to(inputs, device)), _to(labels, device)).double()
+            dist.all_reduce(total, group=self.topology.dp_group)
+        dist.all_reduce(count, group=self.topology.dp_group)
+        counts = count if self.reads_data else torch.zeros_like(count)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.topology.pp_group)
+        self.deepspeed.train()
+        return float(total), float(counts)
+
+    def _train_sequential(self, batches: list[tuple[Any, Any]]) -> torch.Tensor:
+        engine, device = self.deepspeed, self.topology.device
+        engine.micro_steps = 0
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for inputs, labels in batches:
+            loss = self._loss(engine(_to(inputs, device)), _to(labels, device))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        total /= len(batches)
+        if self.topology.dp_size > 1:
+            dist.all_reduce(total, group=self.topology.dp_group)
+            total /= self.topology.dp_size
+        return total
+
+    def _train_pipeline(self, batches: list[tuple[Any, Any]]) -> torch.Tensor:
+        if batches:
+            inputs = batches[0][0]
+            self._reset_wire((inputs[0] if isinstance(inputs, tuple) else inputs).size(1))
+        loss = self.deepspeed.train_batch(iter(batches) if self.reads_data else None)
+        return loss.detach().reshape(())
+
+    def _reset_wire(self, length: int | None) -> None:
+        """Let the pipeline announce the shapes of what it sends anew, where the length may have changed."""
+        if length is None or length != self._length:
+            self.deepspeed.reset_activation_shape()
+            self._length = length
+
+    def _weigh(self, micro_batches: list[MicroBatch], num_micro_batches: int) -> list[tuple[Any, Any]]:
+        """Pack micro batches with the weight that makes the loss a mean over the global batch's labels."""
+        if not self.reads_data:
+            return []
+        device, dp_size = self.topology.device, self.topology.dp_size
+        count = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum().to(device)
+        if dp_size > 1:
+            dist.all_reduce(count, group=self.topology.dp_group)
+        weight = (dp_size * num_micro_batches / count.clamp(min=1.0)).reshape(1)
+        return [self._pack(batch, weight) for batch in micro_batches]
+
+    def _pack(self, batch: MicroBatch, weight: torch.Tensor) -> tuple[Any, Any]:
+        inputs = tuple(batch[name] for name in self.context.wire.input_names)
+        labels = (*(batch[name] for name in LABEL_NAMES), weight)
+        return (inputs if len(inputs) > 1 else inputs[0]), labels
+
+    def _set_num_micro_batches(self, num_micro_batches: int) -> None:
+        engine = self.deepspeed
+        if engine.gradient_accumulation_steps() != num_micro_batches:
+            engine.set_train_batch_size(
+                engine.train_micro_batch_size_per_gpu() * num_micro_batches * self.topology.dp_size
+            )
+
+    def _grad_norm(self, skipped: bool) -> float:
+        if skipped:
+            return math.inf
+        if self._clipper is not None:
+            return self._clipper.norm
+        return float(self.deepspeed.get_global_grad_norm())
+
+
+class GradientClipper:
+    """Measures and clips the global gradient norm under ZeRO 0, before the plain optimizer's step.
+
+    Parameters that tensor-parallel ranks replicate count on the first of them, tied ones on their first stage.
+    """
+
+    def __init__(self, model: nn.Module, context: ModelContext, max_grad_norm: float):
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._context, self._max_norm = context, max_grad_norm
+        self.norm = 0.0
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Measure, keep the norm, scale the gradients down to max_grad_norm.
+
+        Collectives: a sum over the ranks of the model.
+        """
+        mine = [p.grad for p in self._parameters if p.grad is not None and self._counts(p)]
+        device = self._context.topology.device
+        square = torch.zeros((), dtype=torch.float32, device=device)
+        if mine:
+            square = torch.stack(torch._foreach_norm(mine)).square().sum()
+        dist.all_reduce(square, group=self._context.topology.model_group)
+        self.norm = float(square.sqrt())
+        if self._max_norm and self.norm > self._max_norm:
+            grads = [p.grad for p in self._parameters if p.grad is not None]
+            torch._foreach_mul_(grads, self._max_norm / (self.norm + 1.0e-6))
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        if getattr(parameter, "ds_pipe_replicated", False):
+            return False
+        return bool(getattr(parameter, "tensor_model_parallel", False)) or self._context.topology.tp_rank == 0
+
+
+class _DeferredGrowth:
+    """Holds back the growth of the loss scale until the step that earned it has used the scale it was computed with."""
+
+    def __init__(self, optimizer: Any):
+        self._scaler = optimizer.loss_scaler
+        self._pending: float | None = None
+        optimizer._update_scale = self._update
+
+    def _update(self, has_overflow: bool = False) -> None:
+        before = self._scaler.cur_scale
+        self._scaler.update_scale(has_overflow)
+        if self._scaler.cur_scale > before:
+            self._pending, self._scaler.cur_scale = self._scaler.cur_scale, before
+
+    def apply(self) -> None:
+        """Let the scale grow now."""
+        if self._pending is not None:
+            self._scaler.cur_scale, self._pending = self._pending, None
+
+
+def _is_pipeline(model: nn.Module) -> bool:
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    return isinstance(model, PipelineModule)
+
+
+def _to(tensors: Any, device: torch.device) -> Any:
+    if isinstance(tensors, tuple):
+        return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+    return tensors.to(device, non_blocking=True)

@@ -1,0 +1,135 @@
+"""This rank's part of the training state, as slices of logical tensors.
+
+DeepSpeed keeps master weights and moments in flat buffers, cut over the data-parallel ranks in a different way for each
+ZeRO stage. A Fragment says, for each of these pieces, which range of which logical tensor it is; checkpoints, norms and
+memory reports are written against that and know no ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmscale.models.build import logical_name
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """A parameter of the whole model, and how tensor parallelism cuts it.
+
+    With `tp_dim`, the tensor is cut along that dimension into `tp_stride` blocks, each of them over the ranks: stride 2
+    is swiglu's [gate; up], of which every rank holds a slice of both.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    tp_dim: int | None
+    tp_stride: int
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range [start, end) of this rank's flattened (tensor-parallel local) slice of a logical tensor.
+
+    master is the fp32 view of it that the optimizer updates; `key`, `offset` locate its moments:
+    optimizer.state[key][name][offset : offset + len].
+    """
+
+    tensor: LogicalTensor
+    parameter: nn.Parameter
+    start: int
+    end: int
+    master: torch.Tensor
+    key: Any
+    offset: int
+    is_tied_copy: bool
+
+    def moment(self, optimizer: torch.optim.Optimizer, name: str) -> torch.Tensor:
+        """Return the view of one of the optimizer's moments of this range, 1-D fp32."""
+        return optimizer.state[self.key][name].view(-1).narrow(0, self.offset, self.end - self.start)
+
+
+def logical_tensor(model: nn.Module, name: str, parameter: nn.Parameter, tp_size: int) -> LogicalTensor:
+    """Describe a parameter of a built model from megatron-core's marks on it."""
+    local_shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    is_split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
+    tp_dim = int(parameter.partition_dim) if is_split else None  # type: ignore[attr-defined]
+    shape = tuple(
+        size * tp_size if dim == tp_dim else size for dim, size in enumerate(local_shape)
+    )
+    stride = int(parameter.partition_stride) if is_split else 1  # type: ignore[attr-defined]
+    return LogicalTensor(logical_name(model, name), shape, local_shape, tp_dim, stride)
+
+
+def fragments(model: nn.Module, optimizer: Any, zero_stage: int, tp_size: int) -> list[Fragment]:
+    """List this rank's fragments, in the order of the model's parameters.
+
+    Args:
+        model: the module under the engine.
+        optimizer: DeepSpeed's optimizer (the plain one under ZeRO 0).
+        zero_stage: 0 to 3.
+        tp_size: tensor-parallel size.
+    """
+    found = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tensor = logical_tensor(model, name, parameter, tp_size)
+        piece = _locate(parameter, optimizer, zero_stage)
+        if piece is not None:
+            start, master, key, offset = piece
+            tied = bool(getattr(parameter, "ds_pipe_replicated", False))
+            found.append(Fragment(tensor, parameter, start, start + master.numel(), master, key, offset, tied))
+    return found
+
+
+def _locate(
+    parameter: nn.Parameter, optimizer: Any, zero_stage: int
+) -> tuple[int, torch.Tensor, Any, int] | None:
+    """Find (start in the local slice, master view, key of optimizer.state, offset in it); None if nothing is here."""
+    if zero_stage == 0:
+        return 0, parameter.data.view(-1), parameter, 0
+    if zero_stage == 3:
+        return _locate_zero3(parameter, optimizer)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    flat = (
+        optimizer.fp32_groups_flat_partition
+        if hasattr(optimizer, "fp32_groups_flat_partition")
+        else optimizer.single_partition_of_fp32_groups
+    )[mapping.param_group_index]
+    address = mapping.hp_fragment_address
+    master = flat.data.narrow(0, address.start, address.numel)
+    return mapping.lp_fragment_address.start, master, flat, address.start
+
+
+def _locate_zero3(parameter: nn.Parameter, optimizer: Any) -> tuple[int, torch.Tensor, Any, int] | None:
+    """ZeRO 3 cuts each parameter into equal ranges, the last ones padded."""
+    group, offset, partition_size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = partition_size * optimizer.partition_rank if hasattr(optimizer, "partition_rank") else None
+    if start is None:
+        start = partition_size * torch.distributed.get_rank(parameter.ds_process_group)
+    size = max(0, min(partition_size, parameter.ds_numel - start))
+    if size == 0:
+        return None
+    flat = optimizer.fp32_partitioned_groups_flat[group]
+    return start, flat.data.narrow(0, offset, size), flat, offset
+
+
+def write_back(optimizer: Any, zero_stage: int) -> None:
+    """Copy the master weights, after they were overwritten, to the weights that forward uses.
+
+    Collectives: an all-gather over the data-parallel group under ZeRO 1 and 2, and of the persistent parameters under 3.
+    """
+    if zero_stage in (1, 2):
+        optimizer.update_lp_params()
+    elif zero_stage == 3:
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -1,0 +1,105 @@
+"""The learning rate over consumed tokens."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmscale.config.optim import OptimConfig
+from lmscale.errors import ConfigError
+from lmscale.optim.lr import lr_at
+
+WARMUP, DECAY, TRAIN = 375_000_000, 260_000_000_000, 300_000_000_000
+GPT3 = OptimConfig(lr=6.0e-4, min_lr=6.0e-5, lr_warmup_tokens=WARMUP, lr_decay_tokens=DECAY)
+
+
+@st.composite
+def schedules(draw):
+    lr = draw(st.floats(1e-6, 1.0))
+    warmup = draw(st.integers(0, 10**9))
+    return OptimConfig(
+        lr=lr,
+        min_lr=lr * draw(st.floats(0, 1)),
+        lr_warmup_tokens=warmup,
+        lr_decay_tokens=warmup + draw(st.integers(1, 10**12)),
+        lr_decay_style=draw(st.sampled_from(["cosine", "linear", "constant"])),
+    )
+
+
+@pytest.mark.parametrize(("sequences", "step"), [(256, 716), (512, 358), (1024, 179)])
+def test_first_step_at_the_full_rate_is_the_one_that_completes_the_warmup(sequences, step):
+    # The cosine has fallen by less than 1e-8 of the peak within that step, so "full" is a comparison with a tolerance.
+    rates = [lr_at(n * sequences * 2048, GPT3, TRAIN) for n in range(1, step + 1)]
+    assert rates[-1] == pytest.approx(GPT3.lr, rel=1e-7)
+    assert all(rate < GPT3.lr * (1 - 1e-4) for rate in rates[:-1])
+
+
+def test_first_step_does_not_have_rate_zero():
+    assert lr_at(256 * 2048, GPT3, TRAIN) == pytest.approx(6.0e-4 * 256 * 2048 / WARMUP)
+
+
+def test_gpt3_schedule_at_its_corners():
+    assert lr_at(0, GPT3, TRAIN) == 0
+    assert lr_at(WARMUP, GPT3, TRAIN) == 6.0e-4
+    assert lr_at((WARMUP + DECAY) // 2, GPT3, TRAIN) == pytest.approx((6.0e-4 + 6.0e-5) / 2)
+    assert lr_at(DECAY, GPT3, TRAIN) == 6.0e-5
+    assert lr_at(TRAIN, GPT3, TRAIN) == 6.0e-5
+
+
+def test_decay_ends_with_the_run_where_its_end_is_left_out():
+    optim = GPT3.model_copy(update={"lr_decay_tokens": None})
+    assert lr_at(DECAY, optim, TRAIN) > 6.1e-5
+    assert lr_at(TRAIN, optim, TRAIN) == 6.0e-5
+
+
+def test_linear_decay_is_a_straight_line():
+    optim = OptimConfig(lr=1.0, min_lr=0.2, lr_warmup_tokens=100, lr_decay_tokens=500, lr_decay_style="linear")
+    assert [lr_at(t, optim, 1000) for t in (100, 200, 300, 400, 500, 900)] == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]
+    )
+
+
+def test_constant_stays_at_the_peak_past_the_decay():
+    optim = OptimConfig(lr=1.0, lr_warmup_tokens=100, lr_decay_tokens=500, lr_decay_style="constant")
+    assert [lr_at(t, optim, 1000) for t in (50, 100, 500, 2000)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_without_warmup_the_first_step_starts_the_decay():
+    optim = OptimConfig(lr=1.0, lr_decay_tokens=100)
+    assert lr_at(0, optim, 100) == 1.0
+    assert lr_at(10, optim, 100) == pytest.approx((1 + math.cos(math.pi / 10)) / 2)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(schedules(), st.integers(0, 2 * 10**12))
+def test_rate_is_bounded_by_the_peak_and_by_the_minimum_after_the_warmup(optim, tokens):
+    rate = lr_at(tokens, optim, 10**12)
+    lowest = 0 if tokens < optim.lr_warmup_tokens else optim.min_lr
+    assert lowest * (1 - 1e-12) <= rate <= optim.lr * (1 + 1e-12)
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(schedules(), st.integers(0, 2 * 10**12))
+def test_rate_is_continuous_in_tokens(optim, tokens):
+    # One token moves the rate by at most its steepest slope: that of the warm-up, or pi/2 of the decay's mean slope.
+    steepest = optim.lr / max(1, optim.lr_warmup_tokens) + optim.lr * math.pi / 2 / (
+        optim.lr_decay_tokens - optim.lr_warmup_tokens
+    )
+    change = abs(lr_at(tokens + 1, optim, 10**12) - lr_at(tokens, optim, 10**12))
+    assert change <= steepest * (1 + 1e-9) + 1e-12
+
+
+@settings(deadline=None)  # a busy machine is no failure
+@given(schedules(), st.integers(0, 10**12), st.integers(0, 10**12))
+def test_rate_rises_in_the_warmup_and_never_after(optim, one, other):
+    early, late = sorted((one, other))
+    if late <= optim.lr_warmup_tokens:
+        assert lr_at(early, optim, 10**12) <= lr_at(late, optim, 10**12)
+    elif early >= optim.lr_warmup_tokens:
+        assert lr_at(early, optim, 10**12) >= lr_at(late, optim, 10**12) * (1 - 1e-12)
+
+
+def test_negative_tokens_are_refused():
+    with pytest.raises(ConfigError, match=r"consumed_tokens = -1: must be at least 0"):
+        lr_at(-1, GPT3, TRAIN)
