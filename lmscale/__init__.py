@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lmscale.evaluate.inference import load
+
+# megatron-core warns once for each module that would use Transformer Engine or apex; both are optional, and
+# `lmscale doctor` says what is there.
+warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
 
 __all__ = ["__version__", "load"]
 

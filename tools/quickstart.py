@@ -33,7 +33,6 @@ VALID_NAME = "stdlib"
 
 VOCAB_SIZE = 4096
 NUM_SHARDS = 8
-TOKENIZER_SHARDS = "train-0[0-3].jsonl"
 HELD_OUT_ONE_IN = 25
 SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 """Other people's packages, tests, and the tables of `encodings`, which are numbers rather than text."""
@@ -42,7 +41,7 @@ PROMPT = "def "
 LARGEST_SHARE_OF_UNIGRAM = 0.75
 """The held-out loss must be this share of the unigram entropy or less: 25 % below."""
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass
@@ -79,13 +78,13 @@ def main() -> int:
     write_corpus(work)
     tokenizer = str(HOME / "tokenizer")
     text = HOME / "text"
+    train, valid = str(text / "train-*.jsonl"), str(text / "valid.jsonl")
     # fmt: off
-    work.lmscale("tokenizer", "train", "--input", str(text / TOKENIZER_SHARDS), "--vocab-size", str(VOCAB_SIZE),
-                 "--model-type", "bpe", "--output", tokenizer)
-    for part in ("train", "valid"):
-        work.lmscale("tokenize", "--input", str(text / f"{part}*.jsonl"), "--tokenizer", tokenizer,
-                     "--output", str(HOME / part), "--workers", "2")
+    work.lmscale("tokenizer", "train", "--input", train, "--vocab-size", str(VOCAB_SIZE), "--model-type", "bpe",
+                 "--output", tokenizer)
     # fmt: on
+    for part, files in (("train", train), ("valid", valid)):
+        work.lmscale("tokenize", "--input", files, "--tokenizer", tokenizer, "--output", str(HOME / part))
     work.lmscale("train", RUN_YAML, "--devices", str(_num_devices()))
 
     metrics = _read_metrics()

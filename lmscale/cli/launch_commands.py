@@ -114,9 +114,9 @@ def _print_layouts() -> None:
 def _print_documentation() -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("key", "type", "default", "meaning")
+    table = Table(Column("key", no_wrap=True), "type", "default", "meaning")
     for row in documentation():
         table.add_row(*(escape(cell) for cell in row))
     Console().print(table)

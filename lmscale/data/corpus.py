@@ -44,7 +44,7 @@ class Skipped:
     line: int | None
     reason: str
     broken: bool = True
-    """False for a document that is merely empty: `strict` lets it pass."""
+    """False for a document that is merely empty: `strict` lets it pass, and no line is logged."""
 
     @property
     def place(self) -> str:
@@ -53,7 +53,7 @@ class Skipped:
 
 
 class SkipReport:
-    """Counts what was skipped, by reason, and logs the first of it.
+    """Counts what was skipped, by reason, and logs the first that is broken.
 
     Args:
         strict: raise at the first broken record.
@@ -62,6 +62,7 @@ class SkipReport:
     def __init__(self, strict: bool = False):
         self.strict = strict
         self.counts: Counter[str] = Counter()
+        self._num_broken = 0
 
     def add(self, skipped: Skipped) -> None:
         """Count one record.
@@ -72,10 +73,12 @@ class SkipReport:
         if self.strict and skipped.broken:
             raise DataError(skipped.reason, field=skipped.place, remedy="mend it, or leave out --strict to skip it")
         self.counts[skipped.reason] += 1
-        total = sum(self.counts.values())
-        if total <= _REPORTED_AT_MOST:
+        if not skipped.broken:
+            return
+        self._num_broken += 1
+        if self._num_broken <= _REPORTED_AT_MOST:
             logger.warning("skipped %s: %s", skipped.place, skipped.reason)
-        elif total == _REPORTED_AT_MOST + 1:
+        elif self._num_broken == _REPORTED_AT_MOST + 1:
             logger.warning("skipped more; they are counted, and no longer listed")
 
 

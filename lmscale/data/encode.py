@@ -112,7 +112,6 @@ def encode_corpus(
     paths = expand_inputs(inputs)
     report = SkipReport(strict)
     encoder = _Encoder(tokenizer, json_key, end_id)
-    documents, tokens = 0, 0
     with (
         CorpusWriter(output_prefix, dtype_for(tokenizer.vocab_size)) as writer,
         _mapper(workers or len(os.sched_getaffinity(0)), encoder, tokenizer_config) as encode,
@@ -122,24 +121,23 @@ def encode_corpus(
             for skipped in chunk.skipped:
                 report.add(skipped)
             writer.append(chunk.tokens, chunk.lengths)
-            documents += len(chunk.lengths)
-            tokens += int(chunk.lengths.sum(dtype=np.int64))
-        if documents == 0:
+        if writer.num_documents == 0:
             raise DataError("holds no documents", field="--input", value=" ".join(inputs))
+        manifest = writer.finish(lambda sha256, size: _manifest(encoder, writer, report, sha256, size))
+    return EncodeResult(manifest, time.perf_counter() - began)
 
-        def manifest(idx_sha256: str, bin_bytes: int) -> Manifest:
-            return Manifest(
-                tokenizer.content_hash,
-                tokenizer.vocab_size,
-                end_id,
-                documents,
-                tokens,
-                dict(report.counts),
-                idx_sha256,
-                bin_bytes,
-            )
 
-        return EncodeResult(writer.finish(manifest), time.perf_counter() - began)
+def _manifest(encoder: _Encoder, writer: CorpusWriter, report: SkipReport, idx_sha256: str, bin_bytes: int) -> Manifest:
+    return Manifest(
+        tokenizer_hash=encoder.tokenizer.content_hash,
+        vocab_size=encoder.tokenizer.vocab_size,
+        eos_id=encoder.end_id,
+        documents=writer.num_documents,
+        tokens=writer.num_tokens,
+        skipped=dict(report.counts),
+        idx_sha256=idx_sha256,
+        bin_bytes=bin_bytes,
+    )
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -40,6 +40,7 @@ class CorpusWriter:
     def __init__(self, prefix: str | Path, dtype: type[np.integer[Any]]):
         self._dtype = dtype
         self._lengths: list[NDArray[np.int32]] = []
+        self.num_documents, self.num_tokens = 0, 0
         self._names = {_partial(path): path for path in (bin_path(prefix), manifest_path(prefix), idx_path(prefix))}
         self._bin_partial, self._json_partial, self._idx_partial = self._names
         with _disk_errors(self._bin_partial):
@@ -68,6 +69,8 @@ class CorpusWriter:
         with _disk_errors(self._bin_partial):
             self._bin.write(tokens)
         self._lengths.append(lengths)
+        self.num_documents += len(lengths)
+        self.num_tokens += int(lengths.sum(dtype=np.int64))
 
     def finish(self, make_manifest: Callable[[str, int], Manifest]) -> Manifest:
         """Write the index and the manifest, and let all three appear.

@@ -14,7 +14,7 @@ class MicroBatchSampler:
     the samples consumed so far.
 
     Args:
-        batch_size_at: samples consumed -> samples of the step that starts there, a multiple of micro_batch_size x dp_size.
+        batch_size_at: samples consumed -> samples of the step that starts there; micro_batch_size x dp_size divides it.
         consumed_samples: where to start, the beginning of a step.
         micro_batch_size: in samples.
         dp_rank: data-parallel rank.

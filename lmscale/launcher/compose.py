@@ -24,6 +24,8 @@ from lmscale.launcher.validate import LaunchPlan
 
 Launcher = Literal["deepspeed", "pdsh", "openmpi", "mpich", "slurm", "torchrun"]
 MODULE = "lmscale.pretrain"
+_SRUN_WAIT_S = 60
+"""srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
 
 _NEEDS = {"pdsh": ("pdsh", "pdsh"), "openmpi": ("mpirun", "openmpi-bin"), "mpich": ("mpirun", "mpich")}
 _NEEDS |= {"slurm": ("srun", "slurm-client")}
@@ -209,7 +211,8 @@ def _srun(placement: Placement, rank_argv: list[str], environ: Mapping[str, str]
     argv = [
         "srun",
         f"--ntasks={placement.num_ranks}",
-        "--kill-on-bad-exit=1",
+        "--kill-on-bad-exit=0",
+        f"--wait={_SRUN_WAIT_S}",
         "--export=ALL",
         sys.executable,
         "-u",

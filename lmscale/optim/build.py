@@ -41,3 +41,21 @@ def set_rate(optimizer: Any, lr: float) -> None:
     """Write the rate of the next step to every group; `optimizer` is torch's or DeepSpeed's around it."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def blank_state(optimizer: torch.optim.Optimizer, key: torch.Tensor, step: int) -> dict[str, Any]:
+    """Make the state that an optimizer keeps for one tensor after `step` updates, its moments still zero.
+
+    An optimizer makes its state at its first update; a checkpoint is loaded before that.
+    """
+    moments = {name: torch.zeros_like(key, dtype=torch.float32) for name in moment_names(optimizer)}
+    if not moments:
+        return {}
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": torch.tensor(float(step), dtype=torch.float32, device=key.device), **moments}
+    return {"step": step, **moments}
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Name the per-parameter tensors of an optimizer's state."""
+    return () if isinstance(optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")

@@ -13,6 +13,7 @@ what we rely on:
 from __future__ import annotations
 
 import math
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,27 @@ class Engine:
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.topology.pp_group)
         self.deepspeed.train()
         return float(total), float(counts)
+
+    def parameter_norm(self) -> float:
+        """Compute the global L2 norm of the master weights, each logical parameter counted once.
+
+        Collectives: a sum over all ranks.
+        """
+        topology = self.topology
+        square = torch.zeros((), dtype=torch.float64, device=topology.device)
+        for fragment in self.fragments():
+            is_replica = fragment.tensor.tp_dim is None and topology.tp_rank > 0
+            is_replica |= self.zero_stage == 0 and topology.dp_rank > 0
+            if not fragment.is_tied_copy and not is_replica:
+                square += fragment.master.norm().double().square().to(topology.device)
+        dist.all_reduce(square)
+        return math.sqrt(float(square))
+
+    def peak_bytes(self) -> int:
+        """Return the most memory that this rank has held: allocated on a GPU, resident in the process on a CPU."""
+        if self.topology.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _train_sequential(self, batches: list[tuple[Any, Any]]) -> torch.Tensor:
         engine, device = self.deepspeed, self.topology.device

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale.launcher.environment import free_port
 from lmscale.launcher.processes import marked, ranks_of
 from lmscale.launcher.status import RUN_ID, Report
 from lmscale.launcher.supervise import Outcome, outcome_of, supervise
@@ -34,7 +35,9 @@ class Launch:
         thread.start()
         argv = [sys.executable, str(HERE / "fake_launcher.py"), str(self.num_ranks), *self.script]
         try:
-            return supervise(argv, {**os.environ, RUN_ID: self.run_id}, self.status_dir, self.num_ranks, grace_s=grace_s)
+            return supervise(
+                argv, {**os.environ, RUN_ID: self.run_id}, self.status_dir, self.num_ranks, grace_s=grace_s
+            )
         finally:
             thread.join()
             assert marked(self.run_id) == {}
@@ -198,7 +201,13 @@ def test_ranks_that_cannot_report_from_other_hosts_are_judged_by_the_launcher(la
 def test_under_the_real_launcher_a_term_saves_on_every_rank(tmp_path, monkeypatch):
     """DeepSpeed's own launcher would leave the ranks running, and return 0 or 1."""
     launch = Launch(tmp_path, "work")
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29777"]
+    deepspeed = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     environ = {**os.environ, RUN_ID: launch.run_id, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     thread = threading.Thread(target=launch.signal_when("up", signal.SIGTERM))
     thread.start()

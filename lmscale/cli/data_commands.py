@@ -1,0 +1,156 @@
+"""`lmscale tokenizer`, `lmscale tokenize` and `lmscale data`: parse, call, print."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lmscale.data.indexed import IndexedCorpus
+    from lmscale.data.tokenizer import Tokenizer
+
+tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Tokenized corpora.", no_args_is_help=True)
+
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_SHOWN_CHARACTERS = 400
+
+
+class ModelType(StrEnum):
+    """Kinds of sentencepiece models."""
+
+    unigram = "unigram"
+    bpe = "bpe"
+    char = "char"
+
+
+class TokenizerType(StrEnum):
+    """Kinds of tokenizers."""
+
+    sentencepiece = "sentencepiece"
+    hf = "hf"
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input", help="Glob of .txt (a document a file) or .jsonl (one a line), also .gz, .zst. Repeatable."
+    ),
+]
+# A shell that expands a glob itself puts all but the first file behind the option.
+More = Annotated[list[str] | None, typer.Argument(hidden=True)]
+JsonKey = Annotated[str, typer.Option(help="Key of the text in JSON lines.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at a broken line instead of skipping and counting it.")]
+TokenizerPath = Annotated[str, typer.Option(help="Tokenizer: a .model file or a directory.")]
+TokenizerKind = Annotated[TokenizerType, typer.Option(help="hf needs lmscale[hf].")]
+
+
+@tokenizer_app.callback()
+def _tokenizer() -> None:
+    """Keep `train` a subcommand: typer would make the only command of an app the app itself."""
+
+
+@data_app.callback()
+def _data() -> None:
+    """Keep `inspect` a subcommand."""
+
+
+@tokenizer_app.command("train")
+def train(
+    input: Inputs,
+    vocab_size: Annotated[int, typer.Option(help="Ids in all, special ids and 100 sentinels included.")],
+    output: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    model_type: Annotated[ModelType, typer.Option(help="Kind of model.")] = ModelType.unigram,
+    json_key: JsonKey = "text",
+    strict: Strict = False,
+    more: More = None,
+) -> None:
+    """Train a sentencepiece tokenizer on a corpus."""
+    from lmscale.data.tokenizer_training import train_tokenizer
+
+    inputs = [*input, *(more or [])]
+    tokenizer = train_tokenizer(inputs, vocab_size, model_type.value, output, json_key, strict)
+    typer.echo(f"{output}: {tokenizer.vocab_size:,} ids, {model_type.value}")
+
+
+def tokenize(
+    input: Inputs,
+    tokenizer: TokenizerPath,
+    output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; default one for each CPU.")] = None,
+    json_key: JsonKey = "text",
+    strict: Strict = False,
+    tokenizer_type: TokenizerKind = TokenizerType.sentencepiece,
+    more: More = None,
+) -> None:
+    """Tokenize a corpus into PREFIX.bin and PREFIX.idx, which appear together when whole."""
+    from lmscale.config.data import TokenizerConfig
+    from lmscale.data.encode import encode_corpus
+
+    config = TokenizerConfig(type=tokenizer_type.value, path=tokenizer)
+    result = encode_corpus([*input, *(more or [])], config, output, workers, json_key, strict)
+    manifest = result.manifest
+    typer.echo(
+        f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
+        f"in {result.seconds:.1f} s ({result.tokens_per_second:,.0f} tokens/s)"
+    )
+    for reason, count in manifest.skipped.items():
+        typer.echo(f"skipped {count:,}: {reason}", err=True)
+
+
+@data_app.command("inspect")
+def inspect(
+    prefix: Annotated[str, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx.")],
+    documents: Annotated[int, typer.Option(min=0, help="Documents to show, from the first.")] = 3,
+    tokenizer: Annotated[str | None, typer.Option(help="Decode the documents with it.")] = None,
+    tokenizer_type: TokenizerKind = TokenizerType.sentencepiece,
+) -> None:
+    """Check a tokenized corpus and show what it holds."""
+    from rich.console import Console
+
+    from lmscale.config.data import TokenizerConfig
+    from lmscale.data.indexed import IndexedCorpus
+    from lmscale.data.tokenizer import load_tokenizer
+
+    corpus = IndexedCorpus(prefix)
+    loaded = None
+    if tokenizer is not None:
+        config = TokenizerConfig(type=tokenizer_type.value, path=tokenizer)
+        loaded = load_tokenizer(config)
+        corpus.check_vocabulary(loaded.vocab_size, loaded.content_hash)
+    console = Console()
+    console.print(_summary(corpus))
+    for number in range(min(documents, corpus.num_documents)):
+        console.rule(f"document {number}, {len(corpus.document(number)):,} tokens", align="left")
+        console.print(_text(corpus, number, loaded), markup=False, highlight=False)
+
+
+def _summary(corpus: IndexedCorpus) -> Table:
+    import numpy as np
+    from rich.table import Table
+
+    table = Table(title=corpus.prefix, show_header=False, title_justify="left")
+    lengths = np.quantile(np.diff(corpus.document_offsets), _QUANTILES, method="nearest")
+    table.add_row("documents", f"{corpus.num_documents:,}")
+    table.add_row("tokens", f"{corpus.num_tokens:,}")
+    table.add_row("dtype", f"{corpus.tokens.dtype}, {corpus.tokens.nbytes:,} bytes")
+    for share, length in zip(_QUANTILES, lengths, strict=True):
+        table.add_row(f"length, quantile {share:.2f}", f"{length:,}")
+    if corpus.manifest is not None:
+        table.add_row("vocabulary", f"{corpus.manifest.vocab_size:,}")
+        table.add_row("document end", str(corpus.manifest.eos_id))
+        table.add_row("skipped", f"{sum(corpus.manifest.skipped.values()):,}")
+    table.add_row("content", corpus.content_hash)
+    return table
+
+
+def _text(corpus: IndexedCorpus, number: int, tokenizer: Tokenizer | None) -> str:
+    """Render the beginning of a document: its text, or its ids where there is no tokenizer."""
+    ids = corpus.document(number)[:_SHOWN_CHARACTERS].tolist()
+    text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."

@@ -1,0 +1,490 @@
+"""Checkpoints in a form of our own: slices of logical tensors, independent of the layout.
+
+A checkpoint is a directory:
+
+    manifest.json           format version, progress, optimizer and loss-scale counters, layout, every file with its size
+    config.yaml             the run's config
+    rank-00000.safetensors  fp32 slices of master weights and moments, one file for each writing rank
+    rank-00000.json         what these slices are: kind, logical name, logical shape, place under tensor parallelism, range
+    tokenizer/              a copy of the tokenizer's files
+
+Each piece of the state is written once, by the rank that owns it. A reader asks for a logical tensor, or for its own
+slice of it, and never holds more than one logical tensor; so any layout resumes from any layout, and generation and
+conversion read the same files. There is no pickle. The directory is written under a temporary name and renamed when it
+is whole and on disk; then `latest` is replaced.
+
+DeepSpeed's own checkpoints are not used: they are bound to the ZeRO stage and, under ZeRO 3, to the ranks; they are
+pickles; and `latest` may name a torn one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lmscale.errors import CheckpointError, LmscaleError, RunError
+from lmscale.log import get_logger
+from lmscale.optim.build import blank_state, moment_names
+from lmscale.train.engine import Engine
+from lmscale.train.fragments import Fragment, LogicalTensor, write_back
+from lmscale.train.progress import Progress
+
+_log = get_logger(__name__)
+
+FORMAT = 1
+PARAMETER = "param"
+"""Kind of a slice of master weights; the moments' kinds are the optimizer's names (exp_avg, exp_avg_sq)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored range [start, end) of the flattened slice that one tensor-parallel rank has of a logical tensor."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    tp_dim: int | None
+    tp_stride: int
+    tp_rank: int
+    tp_size: int
+    start: int
+    end: int
+    file: str
+    key: str
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """Path of the checkpoint of a step."""
+    return checkpoints / f"step-{step:08d}"
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    engine: Engine, checkpoints: Path, progress: Progress, config_yaml: str, tokenizer: Path | None, keep: int
+) -> Path:
+    """Write a checkpoint, atomically.
+
+    Args:
+        engine: whose state to write.
+        checkpoints: the run's directory of checkpoints.
+        progress: where the run is.
+        config_yaml: the resolved config.
+        tokenizer: the tokenizer's file or directory, copied into the checkpoint.
+        keep: newest checkpoints that stay; 0 keeps all.
+    Returns:
+        The checkpoint's directory.
+    Raises:
+        RunError: on every rank, if any rank could not write; the earlier checkpoints are as they were.
+    Collectives: every rank must call.
+    """
+    final = step_directory(checkpoints, progress.step)
+    partial = final.with_name(f".{final.name}.partial")
+    is_first = engine.topology.rank == 0
+    _together(lambda: _make_empty(partial) if is_first else None)
+    _together(lambda: _write_pieces(engine, partial))
+    _together(
+        lambda: _commit(engine, partial, final, progress, config_yaml, tokenizer, keep) if is_first else None,
+    )
+    return final
+
+
+def _together(action: Any) -> None:
+    """Run an action on every rank; where it fails on one, fail on all, with its message."""
+    message = ""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        message = f"rank {dist.get_rank()}: {error}"
+    messages: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [text for text in messages if text]
+    if failed:
+        raise RunError(
+            f"the checkpoint could not be written: {failed[0]}",
+            field="checkpoint",
+            remedy="free space or mend the directory, and start again from the last checkpoint",
+        )
+
+
+def _make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _write_pieces(engine: Engine, directory: Path) -> None:
+    topology = engine.topology
+    pieces: list[Piece] = []
+    tensors: dict[str, torch.Tensor] = {}
+    file = f"rank-{topology.rank:05d}.safetensors"
+    for fragment in engine.fragments():
+        if not _owns(engine, fragment):
+            continue
+        for kind in _kinds(engine, fragment):
+            key = f"{kind}/{fragment.tensor.name}"
+            values = fragment.master if kind == PARAMETER else fragment.moment(engine.basic_optimizer, kind)
+            tensors[key] = values.detach().to("cpu", torch.float32).contiguous()
+            pieces.append(_piece(engine, fragment, kind, file, key))
+    if not tensors:
+        return
+    save_file(tensors, directory / file)
+    (directory / file).with_suffix(".json").write_text(json.dumps([asdict(piece) for piece in pieces]))
+    _flush(directory / file)
+    _flush((directory / file).with_suffix(".json"))
+
+
+def _owns(engine: Engine, fragment: Fragment) -> bool:
+    """Tell whether this rank writes a fragment: of replicas, the first."""
+    topology = engine.topology
+    if fragment.is_tied_copy:
+        return False
+    if fragment.tensor.tp_dim is None and topology.tp_rank > 0:
+        return False
+    return engine.zero_stage > 0 or topology.dp_rank == 0
+
+
+def _kinds(engine: Engine, fragment: Fragment) -> list[str]:
+    has_moments = bool(engine.basic_optimizer.state.get(fragment.key))
+    return [PARAMETER, *(moment_names(engine.basic_optimizer) if has_moments else ())]
+
+
+def _piece(engine: Engine, fragment: Fragment, kind: str, file: str, key: str) -> Piece:
+    tensor, topology = fragment.tensor, engine.topology
+    is_split = tensor.tp_dim is not None
+    return Piece(
+        kind=kind,
+        name=tensor.name,
+        shape=tensor.shape,
+        tp_dim=tensor.tp_dim,
+        tp_stride=tensor.tp_stride,
+        tp_rank=topology.tp_rank if is_split else 0,
+        tp_size=topology.tp_size if is_split else 1,
+        start=fragment.start,
+        end=fragment.end,
+        file=file,
+        key=key,
+    )
+
+
+def _commit(
+    engine: Engine,
+    partial: Path,
+    final: Path,
+    progress: Progress,
+    config_yaml: str,
+    tokenizer: Path | None,
+    keep: int,
+) -> None:
+    """On rank 0, once every rank has written: the manifest, the rename, `latest`."""
+    (partial / "config.yaml").write_text(config_yaml)
+    if tokenizer is not None:
+        _copy_tokenizer(tokenizer, partial / "tokenizer")
+    topology = engine.topology
+    manifest = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "optimizer": {"name": type(engine.basic_optimizer).__name__, "step": _optimizer_step(engine)},
+        "loss_scaler": _scaler_state(engine),
+        "layout": {
+            "tp_size": topology.tp_size,
+            "pp_size": topology.pp_size,
+            "dp_size": topology.dp_size,
+            "zero_stage": engine.zero_stage,
+        },
+        "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.is_file()},
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in partial.iterdir():
+        if path.is_file():
+            _flush(path)
+    _flush(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(final.parent)
+    _point_latest(final)
+    _prune(final.parent, keep)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        target.mkdir()
+        shutil.copy2(source, target / source.name)
+
+
+def _point_latest(final: Path) -> None:
+    pointer = final.parent / "latest"
+    partial = pointer.with_name(".latest.partial")
+    partial.write_text(final.name + "\n")
+    _flush(partial)
+    partial.replace(pointer)
+    _flush(final.parent)
+
+
+def _prune(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest; the newest is the one just written."""
+    steps = sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+    for path in steps[:-keep] if keep else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _optimizer_step(engine: Engine) -> int:
+    """Updates that the optimizer has made: steps less the skipped ones."""
+    steps = [int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
+    return max(steps, default=0)
+
+
+_SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler_state(engine: Engine) -> dict[str, float] | None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {key: getattr(scaler, key) for key in _SCALER_KEYS} if hasattr(scaler, "cur_hysteresis") else None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None where it has none.
+
+    Raises:
+        CheckpointError: if `latest` names one that is not there.
+    """
+    pointer = checkpoints / "latest"
+    if not pointer.is_file():
+        return None
+    path = checkpoints / pointer.read_text().strip()
+    if not path.is_dir():
+        raise CheckpointError(
+            "names a checkpoint that does not exist", field=str(pointer), value=path.name, remedy="name one by checkpoint.resume"
+        )
+    return path
+
+
+class CheckpointReader:
+    """Reads logical tensors, or slices of them, from a checkpoint's directory.
+
+    Raises:
+        CheckpointError: if the directory is no checkpoint of ours, of a newer format, or lacks (part of) a file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest = self._read_manifest()
+        self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        for file in sorted(path.glob("rank-*.json")):
+            for entry in json.loads(file.read_text()):
+                piece = Piece(**{**entry, "shape": tuple(entry["shape"])})
+                self._pieces[piece.kind, piece.name].append(piece)
+        self._open: dict[str, Any] = {}
+        self._logical: tuple[tuple[str, str], torch.Tensor] | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run was."""
+        return Progress(**self.manifest["progress"])
+
+    @property
+    def kinds(self) -> set[str]:
+        """What is stored: param, and the moments' names."""
+        return {kind for kind, _ in self._pieces}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shape of each parameter."""
+        return {name: pieces[0].shape for (kind, name), pieces in self._pieces.items() if kind == PARAMETER}
+
+    def logical(self, kind: str, name: str) -> torch.Tensor:
+        """Read a whole logical tensor, fp32 on the CPU; the last one read is kept."""
+        if self._logical is None or self._logical[0] != (kind, name):
+            pieces = self._pieces[kind, name]
+            first = pieces[0]
+            parts = []
+            for tp_rank in range(first.tp_size):
+                shape = _local_shape(first.shape, first.tp_dim, first.tp_size)
+                flat = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
+                self._fill(flat, 0, [piece for piece in pieces if piece.tp_rank == tp_rank])
+                parts.append(flat.view(shape))
+            self._logical = (kind, name), _join(parts, first.tp_dim, first.tp_stride)
+        return self._logical[1]
+
+    def fragment(
+        self, kind: str, tensor: LogicalTensor, tp_rank: int, tp_size: int, start: int, end: int
+    ) -> torch.Tensor:
+        """Read the range [start, end) of a rank's flattened slice of a logical tensor, from whatever layout wrote it.
+
+        Returns: fp32 [end - start], on the CPU.
+        """
+        pieces = self._pieces[kind, tensor.name]
+        split = tensor.tp_dim is not None
+        if pieces[0].tp_size == (tp_size if split else 1):
+            flat = torch.empty(end - start, dtype=torch.float32)
+            self._fill(flat, start, [piece for piece in pieces if piece.tp_rank == (tp_rank if split else 0)])
+            return flat
+        whole = self.logical(kind, tensor.name)
+        return tp_slice(whole, tensor.tp_dim, tensor.tp_stride, tp_rank, tp_size).reshape(-1)[start:end]
+
+    def _fill(self, flat: torch.Tensor, start: int, pieces: list[Piece]) -> None:
+        """Copy what the pieces hold of [start, start + len(flat)); together they must cover it."""
+        end, covered = start + flat.numel(), 0
+        for piece in pieces:
+            low, high = max(start, piece.start), min(end, piece.end)
+            if low < high:
+                stored = self._file(piece.file).get_slice(piece.key)[low - piece.start : high - piece.start]
+                flat[low - start : high - start] = stored
+                covered += high - low
+        if covered != flat.numel():
+            name = pieces[0].name if pieces else "?"
+            raise CheckpointError(f"holds {covered} of {flat.numel()} values of {name}", field=str(self.path))
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.path / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot be read: {error}", field=str(self.path / name)) from None
+        return self._open[name]
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+            version, files = manifest["format"], manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                "is not a checkpoint of lmscale: it has no readable manifest.json", field="checkpoint", value=str(self.path)
+            ) from None
+        if version > FORMAT:
+            raise CheckpointError(
+                f"has format {version}, newer than the {FORMAT} that this lmscale reads",
+                field="checkpoint",
+                value=str(self.path),
+                remedy="install a newer lmscale",
+            )
+        for name, size in files.items():
+            file = self.path / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes of {size}"
+                raise CheckpointError(f"{name} {state}", field="checkpoint", value=str(self.path), remedy="use another one")
+        return manifest
+
+
+def _local_shape(shape: tuple[int, ...], tp_dim: int | None, tp_size: int) -> tuple[int, ...]:
+    return tuple(size // tp_size if dim == tp_dim else size for dim, size in enumerate(shape))
+
+
+def tp_slice(whole: torch.Tensor, tp_dim: int | None, tp_stride: int, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """Cut a rank's slice out of a logical tensor: its share of each of tp_stride blocks along tp_dim."""
+    if tp_dim is None:
+        return whole
+    blocks = whole.chunk(tp_stride, dim=tp_dim)
+    return torch.cat([block.chunk(tp_size, dim=tp_dim)[tp_rank] for block in blocks], dim=tp_dim)
+
+
+def _join(parts: list[torch.Tensor], tp_dim: int | None, tp_stride: int) -> torch.Tensor:
+    """Put the slices of all ranks together; the inverse of `tp_slice`."""
+    if tp_dim is None:
+        return parts[0]
+    by_rank = [part.chunk(tp_stride, dim=tp_dim) for part in parts]
+    return torch.cat([blocks[index] for index in range(tp_stride) for blocks in by_rank], dim=tp_dim)
+
+
+# -- loading into an engine --------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(engine: Engine, reader: CheckpointReader, *, weights_only: bool = False) -> Progress:
+    """Fill an engine's state from a checkpoint of any layout.
+
+    Args:
+        engine: a new engine over the same model.
+        reader: the checkpoint.
+        weights_only: take the weights alone; optimizer, loss scale and progress start afresh.
+    Returns:
+        The progress to go on from.
+    Raises:
+        CheckpointError: if the checkpoint is of another model or optimizer.
+    Collectives: every rank must call.
+    """
+    pieces = engine.fragments()
+    _check_same_model(pieces, reader)
+    moments = () if weights_only else moment_names(engine.basic_optimizer)
+    optimizer_step = int(reader.manifest["optimizer"]["step"])
+    if moments and optimizer_step and not set(moments) <= reader.kinds:
+        raise CheckpointError(
+            f"holds no {', '.join(moments)}: its optimizer was {reader.manifest['optimizer']['name']}",
+            field="checkpoint",
+            value=str(reader.path),
+            remedy="use the same optim.name, or model.init_from to take the weights alone",
+        )
+    topology = engine.topology
+    for fragment in pieces:
+        for kind in (PARAMETER, *(moments if optimizer_step else ())):
+            values = reader.fragment(
+                kind, fragment.tensor, topology.tp_rank, topology.tp_size, fragment.start, fragment.end
+            )
+            if kind == PARAMETER:
+                fragment.master.copy_(values)
+                continue
+            state = engine.basic_optimizer.state
+            if not state.get(fragment.key):
+                state[fragment.key] = blank_state(engine.basic_optimizer, fragment.key, optimizer_step)
+            fragment.moment(engine.basic_optimizer, kind).copy_(values)
+    write_back(engine.optimizer, engine.zero_stage)
+    if weights_only:
+        return Progress()
+    _restore_scaler(engine, reader.manifest["loss_scaler"])
+    return reader.progress
+
+
+def _check_same_model(pieces: list[Fragment], reader: CheckpointReader) -> None:
+    """Compare this rank's tensors with the checkpoint's, and over all ranks what the checkpoint has besides."""
+    stored = reader.shapes()
+    mine = {fragment.tensor.name: fragment.tensor.shape for fragment in pieces}
+    problem: LmscaleError | None = None
+    for name, shape in mine.items():
+        if stored.get(name) != shape:
+            problem = CheckpointError(
+                f"is of another model: {name} is {stored.get(name, 'absent')} there and {shape} here",
+                field="checkpoint",
+                value=str(reader.path),
+                remedy="use the model of its config.yaml",
+            )
+            break
+    names: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(names, set(mine))
+    unread = set(stored) - set().union(*names)
+    if problem is None and unread:
+        problem = CheckpointError(
+            f"is of another model: it holds {min(unread)}, which this one has not", field="checkpoint", value=str(reader.path)
+        )
+    if problem is not None:
+        raise problem
+
+
+def _restore_scaler(engine: Engine, saved: dict[str, float] | None) -> None:
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if saved is not None and hasattr(scaler, "cur_hysteresis"):
+        for key, value in saved.items():
+            setattr(scaler, key, value)

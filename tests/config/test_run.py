@@ -1,0 +1,137 @@
+"""The rules between the sections of a config: each is broken once, and its message names the value."""
+
+import pytest
+
+from lmscale.config.io import parse_run
+from lmscale.config.run import CROSS_SECTION_RULES, ZeroChoice, check_run, dp_size_of, split_shares
+from lmscale.errors import ConfigError
+
+RUN = {
+    "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512},
+    "data": {"train": [{"prefix": "a"}, {"prefix": "b"}], "seq_length": 32},
+    "batch": {"micro_batch_size": 2, "global_batch_size": 16},
+    "optim": {"lr": 1.0e-3},
+    "train": {"train_tokens": 10_000},
+    "output_dir": "runs/x",
+}
+RAMP = ("batch.ramp.start=4", "batch.ramp.increment=4", "batch.ramp.ramp_samples=100")
+
+BROKEN = [
+    (
+        ["model.hidden_size=66"],
+        1,
+        "model.hidden_size = 66: must be a multiple of model.num_attention_heads = 4",
+        "use 64 or 68",
+    ),
+    (["model.position_embedding=rope", "model.head_dim=15"], 1, "model.head_dim = 15: rope rotates pairs", ""),
+    (
+        ["model.num_query_groups=3"],
+        1,
+        "model.num_attention_heads = 4: must be a multiple of model.num_query_groups = 3",
+        "",
+    ),
+    (["parallel.tp_size=8"], 8, "model.num_attention_heads = 4: must be a multiple of parallel.tp_size = 8", "use 8"),
+    (["parallel.tp_size=2", "model.num_query_groups=1"], 2, "model.num_query_groups = 1: must be a multiple of", ""),
+    (["parallel.tp_size=4", "model.ffn_hidden_size=130"], 4, "model.ffn_hidden_size = 130: must be a multiple of", ""),
+    (
+        ["parallel.tp_size=3", "model.num_attention_heads=6", "model.hidden_size=96"],
+        3,
+        "parallel.tp_size = 3: must divide the padded vocabulary of 512 rows",
+        "power of two",
+    ),
+    (
+        ["parallel.tp_size=2", "parallel.sequence_parallel=true", "data.seq_length=33"],
+        2,
+        "data.seq_length = 33: must be a multiple of parallel.tp_size = 2",
+        "use 32 or 34",
+    ),
+    (["parallel.pp_size=3"], 3, "model.num_layers = 4: must be a multiple of parallel.pp_size = 3", "use 3 or 6"),
+    (
+        ["data.seq_length=4096"],
+        1,
+        "data.seq_length = 4096: must be at most model.max_position_embeddings = 2048",
+        "shorten",
+    ),
+    ([*RAMP, "batch.ramp.start=32"], 1, "batch.ramp.start = 32: must be at most batch.global_batch_size = 16", ""),
+    ([*RAMP, "batch.ramp.increment=5"], 1, "= 12: must be a multiple of batch.ramp.increment = 5", ""),
+    (
+        [*RAMP, "batch.ramp.start=2", "batch.ramp.increment=2"],
+        2,
+        "batch.ramp.start = 2: must be a multiple of",
+        "use 4",
+    ),
+    ([*RAMP, "batch.ramp.increment=2"], 2, "batch.ramp.increment = 2: must be a multiple of", "use 4"),
+    (["optim.lr_warmup_tokens=10000"], 1, "optim.lr_warmup_tokens = 10000: the warm-up must end before the decay", ""),
+    (["optim.min_lr=1"], 1, "optim.min_lr = 1.0: must be at most optim.lr = 0.001", ""),
+    (["loss_scale.initial=16"], 1, "loss_scale: scales the loss of fp16, and precision is fp32", "precision: fp16"),
+    (["precision=fp16", "loss_scale.initial=3"], 1, "loss_scale.initial = 3: must be a power of two", ""),
+    (["precision=fp16", "loss_scale={initial: 2, minimum: 4}"], 1, "loss_scale.minimum = 4: must be at most", ""),
+    (["model.rope_theta=5"], 1, "model.rope_theta = 5.0: is read with model.position_embedding: rope only", ""),
+    (
+        ["model.position_embedding=rope", "model.init.position_std=1"],
+        1,
+        "model.init.position_std = 1.0: is read with",
+        "",
+    ),
+    (["data.train.1.prefix=a"], 1, "data.train.prefix = 'a': is given twice", ""),
+    (["data.valid=[{name: v, prefix: x}, {name: v, prefix: y}]"], 1, "data.valid.name = 'v': is given twice", ""),
+    (["data.split='1,2'"], 1, "data.split = '1,2': must be three numbers", "98,1,1"),
+    (["data.split='0,1,1'"], 1, "data.split = '0,1,1': must be three numbers", ""),
+    (["data.split='nan,1,1'"], 1, "data.split = 'nan,1,1': must be three numbers", ""),
+    (
+        ["parallel.tp_size=2", "parallel.pp_size=2"],
+        6,
+        "ranks = 6: must be a multiple of parallel.tp_size x",
+        "start 4 ranks",
+    ),
+    (
+        ["parallel.tp_size=2"],
+        1,
+        "ranks = 1: must be a multiple of parallel.tp_size x parallel.pp_size = 2 x 1",
+        "start 2 ranks",
+    ),
+    (
+        [],
+        3,
+        "batch.global_batch_size = 16: must be a multiple of batch.micro_batch_size x dp_size = 2 x 3 = 6",
+        "use 12 or 18",
+    ),
+    (["parallel.pp_size=2"], 2, "pipeline with ZeRO 2 or 3", "use ZeRO 1"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "ranks", "rule", "remedy"), BROKEN, ids=lambda value: str(value)[:40])
+def test_broken_rules_name_field_value_and_remedy(overrides, ranks, rule, remedy):
+    config = parse_run(RUN, overrides)
+    zero = ZeroChoice(stage=2 if rule.startswith("pipeline") else 1)
+    with pytest.raises(ConfigError) as caught:
+        check_run(config, zero, ranks)
+    assert rule in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_every_rule_between_sections_is_broken_above():
+    broken = set()
+    for overrides, _, _, _ in BROKEN:
+        config = parse_run(RUN, overrides)
+        for rule in CROSS_SECTION_RULES:
+            try:
+                rule(config)
+            except ConfigError:
+                broken.add(rule)
+    assert broken == set(CROSS_SECTION_RULES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "dp_size"),
+    [([], 1, 1), ([], 8, 8), (["parallel.tp_size=2", "parallel.pp_size=2"], 8, 2), ([*RAMP], 2, 2)],
+)
+def test_sound_runs_pass_and_dp_size_is_what_remains(overrides, ranks, dp_size):
+    config = parse_run(RUN, overrides)
+    check_run(config, ZeroChoice(stage=1), ranks)
+    assert dp_size_of(config, ranks) == dp_size
+
+
+def test_split_shares_are_fractions():
+    assert split_shares("98,1,1") == (0.98, 0.01, 0.01)
+    assert split_shares("1,0,0") == (1.0, 0.0, 0.0)
