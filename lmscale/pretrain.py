@@ -29,7 +29,7 @@ from lmscale.optim.groups import build_groups
 from lmscale.parallel.topology import Topology, close_topology, init_topology
 from lmscale.train.engine import Engine
 from lmscale.train.loop import Run, train
-from lmscale.train.resilience import StopRequest
+from lmscale.train.resilience import Requests
 from lmscale.train.start import begin, build_throughput, choose_determinism, open_monitor
 
 _log = get_logger(__name__)
@@ -51,8 +51,9 @@ def pretrain(config: RunConfig) -> int:
     progress = begin(engine, config)
     batch_size = functools.partial(batch_size_at, batch=config.batch)
     loader = build_train_loader(config, topology.dp_rank, topology.dp_size, progress.consumed_samples, batch_size)
-    stop = StopRequest(Path(config.output_dir), topology.device)
-    stop.install()
+    requests = Requests(Path(config.output_dir), topology.device)
+    requests.install()
+    register()
     with open_monitor(config, engine, progress, passed_notes(load_deepspeed(config.deepspeed))) as (writers, console):
         run = Run(
             config=config,
@@ -63,12 +64,12 @@ def pretrain(config: RunConfig) -> int:
             throughput=build_throughput(config, topology),
             writers=writers,
             console=console,
-            stop=stop,
+            requests=requests,
             tokenizer=Path(config.tokenizer.path) if config.tokenizer else None,
         )
         was_stopped = train(run)
     if was_stopped and topology.rank == 0:
-        stop.clear()
+        requests.clear()
         _log.info("stopped after step %d and saved; the same command goes on from there", run.progress.step)
     return EXIT_INTERRUPTED_AND_SAVED if was_stopped else 0
 
@@ -127,7 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(show(config))
         return 0
     setup_logging(int(os.environ.get("RANK", "0")), Path(config.output_dir) / "logs")
-    register()
     status = pretrain(config)
     close_topology()
     return status

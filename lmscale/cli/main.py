@@ -106,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage_line(error: Any) -> str:
-    message = " ".join(error.format_message().split()).rstrip(".")
+    # A group that is called without a command "fails" with its whole help as the message.
+    shows_help = type(error).__name__ == "NoArgsIsHelpError"
+    message = "missing command" if shows_help else " ".join(error.format_message().split()).rstrip(".")
     command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "lmscale"
     return f"{message[:1].lower()}{message[1:]}; see {command} --help"
 

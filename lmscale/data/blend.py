@@ -32,11 +32,11 @@ class Located:
 class Blend:
     """Maps sample i = 0, 1, 2, ... of a run to a window: a pure function of (seed, i), without an end or a table.
 
-    Of the first n samples, source k has n w_k, give or take less than 1 for two sources and less than 2 for more. It
+    Of the first n samples, source k of K has n w_k, give or take half of ceil(log2 K): one half for two sources. It
     runs through all its windows before it repeats one, in an order that differs from epoch to epoch.
 
-    How: of two sources, the first has sample i where floor((i + 1) w) > floor(i w), and floor(i w) is the count of
-    its samples before. More sources form a balanced tree of such pairs.
+    How: of two sources, the first has round(i w) of the samples before i, and sample i where round((i + 1) w) is one
+    more. More sources form a balanced tree of such pairs.
 
     Args:
         windows: of each source.
@@ -57,10 +57,10 @@ class Blend:
         source, count = np.zeros_like(samples), np.zeros_like(samples)
         self._assign(0, len(self.windows), np.arange(len(samples)), samples, source, count)
         epoch, window = np.zeros_like(samples), np.zeros_like(samples)
-        for number, windows in enumerate(self.windows):
-            rows = np.flatnonzero(source == number)
-            epoch[rows], index = np.divmod(count[rows], len(windows))
-            window[rows] = epoch_order(epoch[rows], index, self.seed, len(windows), number)
+        for number in np.unique(source).tolist():
+            rows, size = np.flatnonzero(source == number), len(self.windows[number])
+            epoch[rows], index = np.divmod(count[rows], size)
+            window[rows] = epoch_order(epoch[rows], index, self.seed, size, number)
         return Located(source, epoch, window)
 
     def _assign(
@@ -78,7 +78,7 @@ class Blend:
             return
         middle = (first + behind) // 2
         share = self._weights[first:middle].sum() / self._weights[first:behind].sum()
-        before, after = _floor_share(samples, share), _floor_share(samples + 1, share)
+        before, after = _round_share(samples, share), _round_share(samples + 1, share)
         is_left = after > before
         self._assign(first, middle, rows[is_left], before[is_left], source, count)
         self._assign(middle, behind, rows[~is_left], (samples - before)[~is_left], source, count)
@@ -101,9 +101,9 @@ class Blend:
         return rows
 
 
-def _floor_share(count: NDArray[np.int64], share: float) -> NDArray[np.int64]:
-    """Compute floor(count x share) in integers, with the share to 32 bits: floats lose whole samples past 2^53."""
+def _round_share(count: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+    """Compute floor(count x share + 1/2) in integers, with the share to 32 bits: floats lose samples past 2^53."""
     numerator = round(share * (1 << _SHARE_BITS))
     high, low = count >> _SHARE_BITS, count & ((1 << _SHARE_BITS) - 1)
-    product = low.astype(np.uint64) * np.uint64(numerator) >> np.uint64(_SHARE_BITS)
-    return high * numerator + product.astype(np.int64)
+    product = low.astype(np.uint64) * np.uint64(numerator) + np.uint64(1 << (_SHARE_BITS - 1))
+    return high * numerator + (product >> np.uint64(_SHARE_BITS)).astype(np.int64)

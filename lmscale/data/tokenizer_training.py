@@ -25,6 +25,7 @@ from lmscale.errors import DataError, RunError
 _PASSAGE = re.compile(r".{1,1000}(?<=\n)|.{1,1000}", re.DOTALL)
 _MAX_PASSAGES = 5_000_000
 _SEED = 1
+_NUM_FRONT_IDS = 7
 _LIMIT = re.compile(r"Please set it to a value <= (\d+)")
 _REQUIRED = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 _OPTIONS: dict[str, Any] = {
@@ -77,7 +78,7 @@ def train_tokenizer(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=passages,
             model_writer=model,
-            vocab_size=max(1, vocab_size - NUM_SENTINELS),
+            vocab_size=max(_NUM_FRONT_IDS, vocab_size - NUM_SENTINELS),
             model_type=model_type,
             byte_fallback=model_type != "char",
             num_threads=os.cpu_count() or 1,

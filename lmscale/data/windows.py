@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.errors import DataError
 
-_ROUNDS = 8
+_ROUNDS = 6
 
 
 def split_documents(num_documents: int, shares: tuple[float, ...]) -> list[tuple[int, int]]:
@@ -145,8 +145,8 @@ def _permute(value: NDArray[np.uint64], keys: NDArray[np.uint64], width: int, he
     a, b = np.uint64(width), np.uint64(height)
     left, right = value % a, value // a
     for number in range(0, _ROUNDS, 2):
-        left = (left + _mix(keys + _mix(right + np.uint64(number << 48))) % a) % a
-        right = (right + _mix(keys + _mix(left + np.uint64((number + 1) << 48))) % b) % b
+        left = (left + _mix(keys + right + np.uint64(number << 48)) % a) % a
+        right = (right + _mix(keys + left + np.uint64((number + 1) << 48)) % b) % b
     return right * a + left
 
 

@@ -178,7 +178,8 @@ def _program(name: str) -> str:
 
 def _deepspeed_options(placement: Placement, environ: Mapping[str, str]) -> list[str]:
     if not placement.hosts:
-        return [*_local_devices(placement, environ), "--master_port", str(free_port())]
+        quiet = ["--log_level", "warning"]
+        return [*_local_devices(placement, environ), "--master_port", str(free_port()), *quiet]
     assert placement.hostfile is not None
     options = ["--hostfile", placement.hostfile]
     if placement.ranks_per_host is not None:

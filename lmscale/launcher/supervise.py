@@ -91,7 +91,10 @@ def outcome_of(reports: Mapping[int, Report], num_ranks: int, launcher_status: i
     if silent and not is_local and launcher_status in {0, EXIT_INTERRUPTED_AND_SAVED}:
         said |= {launcher_status} - {0}
     elif len(silent) == num_ranks:
-        return Outcome(EXIT_FAILURE, f"no rank came up; the launcher ended with status {launcher_status}, see above")
+        return Outcome(
+            EXIT_FAILURE,
+            f"every rank crashed or was killed without a word; the launcher returned {launcher_status}, see above",
+        )
     elif silent:
         names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
         return Outcome(EXIT_FAILURE, f"died without a word, killed or crashed: rank {names} of {num_ranks}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed, resolve_deepspeed
 from lmscale.config.io import load_run
-from lmscale.config.run import RunConfig, ZeroChoice, check_run, dp_size_of
+from lmscale.config.run import RunConfig, ZeroChoice, check_run, dp_size_of, split_shares
 from lmscale.errors import CheckpointError, ConfigError, DataError, LmscaleError
 
 CONFIG_FILE = "config.yaml"
@@ -136,17 +136,23 @@ def _flatten(prefix: str, section: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_data(config: RunConfig) -> None:
-    tokenizer_hash = None if config.tokenizer is None else _check_tokenizer(config)
-    for field, prefix in _prefixes(config):
-        _check_corpus(config, field, prefix)
-        _check_manifest(config, field, prefix, tokenizer_hash)
+    """Open the tokenizer and the corpora as the ranks will, by the same code."""
+    from lmscale.data.indexed import IndexedCorpus
+    from lmscale.data.windows import Windows, split_documents
 
-
-def _prefixes(config: RunConfig) -> Iterator[tuple[str, str]]:
-    for number, train_source in enumerate(config.data.train):
-        yield f"data.train.{number}.prefix", train_source.prefix
-    for number, valid_source in enumerate(config.data.valid):
-        yield f"data.valid.{number}.prefix", valid_source.prefix
+    known_hash = None if config.tokenizer is None else _check_tokenizer(config)
+    seq_length, shares = config.data.seq_length, split_shares(config.data.split)
+    for train_source in config.data.train:
+        corpus = IndexedCorpus(train_source.prefix)
+        corpus.check_vocabulary(config.model.vocab_size, known_hash)
+        train, valid, _ = split_documents(corpus.num_documents, shares)
+        Windows(corpus, train, seq_length, "the train share")
+        if not config.data.valid and shares[1] > 0:
+            Windows(corpus, valid, seq_length, "the valid share")
+    for valid_source in config.data.valid:
+        corpus = IndexedCorpus(valid_source.prefix)
+        corpus.check_vocabulary(config.model.vocab_size, known_hash)
+        Windows(corpus, None, seq_length)
 
 
 def _check_tokenizer(config: RunConfig) -> str:
@@ -165,36 +171,3 @@ def _check_tokenizer(config: RunConfig) -> str:
             remedy=f"use model.vocab_size = {tokenizer.vocab_size}",
         )
     return tokenizer.content_hash
-
-
-def _check_corpus(config: RunConfig, field: str, prefix: str) -> None:
-    from lmscale.data.index_file import read_index
-
-    window = config.data.seq_length + 1
-    num_tokens = int(read_index(prefix).document_offsets[-1])
-    if num_tokens < window:
-        raise DataError(
-            f"holds {num_tokens} tokens, and one window is data.seq_length + 1 = {window}",
-            field=field,
-            value=prefix,
-            remedy="use a larger corpus or a shorter sequence",
-        )
-
-
-def _check_manifest(config: RunConfig, field: str, prefix: str, tokenizer_hash: str | None) -> None:
-    from lmscale.data.index_file import idx_path
-    from lmscale.data.manifest import manifest_path, read_manifest, sha256_of_file
-
-    if not manifest_path(prefix).is_file():
-        return
-    manifest = read_manifest(prefix, sha256_of_file(idx_path(prefix)))
-    if manifest is None:
-        return
-    remedy = "tokenize it again with the run's tokenizer"
-    if manifest.vocab_size != config.model.vocab_size:
-        rule = f"was tokenized with {manifest.vocab_size} entries, and model.vocab_size = {config.model.vocab_size}"
-        raise DataError(rule, field=field, value=prefix, remedy=remedy)
-    if tokenizer_hash is not None and manifest.tokenizer_hash != tokenizer_hash:
-        assert config.tokenizer is not None
-        rule = f"was tokenized with another tokenizer than tokenizer.path = {config.tokenizer.path!r}"
-        raise DataError(rule, field=field, value=prefix, remedy=remedy)

@@ -48,7 +48,7 @@ class KeyValueCache:
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, document_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Store the new tokens' keys, values and document ids and return those of all tokens so far."""
+        """Store the new tokens' keys, values and document ids and return those of all tokens so far: views."""
         batch, groups, new, width = keys.shape
         if self._keys is None or self._values is None or self._document_ids is None:
             self._keys = keys.new_empty(batch, groups, self.capacity, width)
@@ -115,9 +115,8 @@ class CoreAttention(nn.Module):
         mask, is_causal = None, True
         if self.cache is not None:
             assert inputs.document_ids is not None
-            new = query_bnsd.size(2)
             key_bgsd, value_bgsd, all_ids = self.cache.append(key_bgsd, value_bgsd, inputs.document_ids)
-            mask, is_causal = _cached_mask(inputs.document_ids, all_ids, new), False
+            mask, is_causal = self._masks.cached(inputs.document_ids, all_ids), False
         elif inputs.document_ids is not None:
             mask, is_causal = self._masks.causal(inputs.document_ids), False
         out_bnsd = self._attend(query_bnsd, key_bgsd, value_bgsd, mask, is_causal, inputs.micro_batch)
@@ -179,19 +178,24 @@ class DocumentMasks:
 
     def causal(self, document_ids: torch.Tensor) -> torch.Tensor:
         """Return bool [b, 1, s, s]: True where a token may attend, itself and what precedes it in its document."""
-        if self._ids is not document_ids or self._mask is None:
-            length = document_ids.size(1)
-            causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-            same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-            self._ids, self._mask = document_ids, same & causal
+        return self.cached(document_ids, document_ids)
+
+    def cached(self, new_ids: torch.Tensor, all_ids: torch.Tensor) -> torch.Tensor:
+        """Return the mask of the last s tokens of a key/value cache.
+
+        Args:
+            new_ids: int64 [b, s], document ids of the new tokens; another tensor for each pass through the model.
+            all_ids: int64 [b, total], those of all tokens so far, the new ones last.
+
+        Returns:
+            bool [b, 1, s, total]: True where a new token may attend.
+        """
+        new, total = new_ids.size(1), all_ids.size(1)
+        if self._ids is not new_ids or self._mask is None or self._mask.size(3) != total:
+            causal = torch.ones(new, total, dtype=torch.bool, device=all_ids.device).tril(total - new)
+            same = new_ids[:, None, :, None] == all_ids[:, None, None, :]
+            self._ids, self._mask = new_ids, same & causal
         return self._mask
-
-
-def _cached_mask(new_ids: torch.Tensor, all_ids: torch.Tensor, new: int) -> torch.Tensor:
-    """Mask for `new` tokens at the end of a cache: bool [b, 1, new, total]; tokens of other documents are hidden."""
-    total = all_ids.size(1)
-    causal = torch.ones(new, total, dtype=torch.bool, device=all_ids.device).tril(total - new)
-    return (new_ids[:, None, :, None] == all_ids[:, None, None, :]) & causal
 
 
 def _uses_rope(context: ModelContext) -> bool:

@@ -42,9 +42,17 @@ class SequentialModel(nn.Module):
 
     def forward(self, packed: Any) -> Any:
         """Pass a packed record through every layer."""
-        for function in self._functions:
+        return self.head(self.trunk(packed))
+
+    def trunk(self, packed: Any) -> Any:
+        """Pass a packed record through every layer but the head; generation needs logits of its last token alone."""
+        for function in self._functions[:-1]:
             packed = function(packed)
         return packed
+
+    def head(self, packed: Any) -> Any:
+        """Make logits of a packed record that comes out of the trunk."""
+        return self._functions[-1](packed)
 
 
 def build_model(

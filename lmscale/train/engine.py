@@ -195,6 +195,15 @@ class Engine:
         dist.all_reduce(square)
         return math.sqrt(float(square))
 
+    def maximum(self, value: float) -> float:
+        """Return the largest of a number over all ranks.
+
+        Collectives: a maximum over all ranks.
+        """
+        largest = torch.tensor(float(value), dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
     def peak_bytes(self) -> int:
         """Return the most memory that this rank has held: allocated on a GPU, resident in the process on a CPU."""
         if self.topology.device.type == "cuda":

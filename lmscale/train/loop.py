@@ -23,7 +23,7 @@ from lmscale.optim.lr import lr_at
 from lmscale.train.checkpoint import save_checkpoint
 from lmscale.train.engine import Engine, MicroBatch, StepResult
 from lmscale.train.progress import Progress
-from lmscale.train.resilience import StopRequest
+from lmscale.train.resilience import Request, Requests
 from lmscale.train.validate import validate
 
 _log = get_logger(__name__)
@@ -41,7 +41,7 @@ class Run:
     throughput: Throughput
     writers: list[Writer]
     console: ConsoleLike
-    stop: StopRequest
+    requests: Requests
     tokenizer: Path | None
 
     @property
@@ -64,13 +64,13 @@ def train(run: Run) -> bool:
     Collectives: every rank must call.
     """
     config, losses = run.config, LossWindow(run.engine.topology.device)
-    saved_step = run.progress.step
     run.throughput.restart()
     stopped = False
     while not run.is_over and not stopped:
         result, lr, batch_size = _step(run)
         losses.add(result.loss)
-        stopped = run.stop.is_agreed()
+        request = run.requests.agreed()
+        stopped = request is Request.STOP
         step, ends = run.progress.step, run.is_over or stopped
         is_logged = step % config.train.log_interval == 0 or ends
         values = _values(run, result, losses, lr, batch_size) if is_logged else {}
@@ -79,12 +79,9 @@ def train(run: Run) -> bool:
                 values |= validate(run.engine, run.held_out)
         if values:
             _record(run, values)
-        if _is_due(step, config.checkpoint.save_interval) or ends:
+        if _is_due(step, config.checkpoint.save_interval) or ends or request is Request.SAVE:
             with run.throughput.paused():
                 _save(run)
-            saved_step = step
-    if saved_step != run.progress.step:
-        raise AssertionError("the last step was not saved")
     return stopped and not run.is_over
 
 
@@ -138,6 +135,8 @@ def _values(run: Run, result: StepResult, losses: LossWindow, lr: float, batch_s
         metrics.MEMORY_PEAK_BYTES: run.engine.peak_bytes(),
         **run.throughput.window(),
     }
+    for tag in (metrics.MEMORY_PEAK_BYTES, metrics.PERF_DATA_WAIT_FRACTION):
+        values[tag] = run.engine.maximum(values[tag])
     if run.config.precision == "fp16":
         values |= {
             metrics.TRAIN_LOSS_SCALE: result.loss_scale,

@@ -1,7 +1,8 @@
-"""Requests to stop: signals and the stop file, agreed on by all ranks between two steps."""
+"""What others ask of a running run, by signals and the stop file, agreed on by all ranks between two steps."""
 
 from __future__ import annotations
 
+import enum
 import signal
 from pathlib import Path
 from types import FrameType
@@ -9,16 +10,24 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from lmscale.log import get_logger
-
-_log = get_logger(__name__)
-
 STOP_FILE = "STOP"
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopRequest:
-    """Notices SIGTERM, SIGINT and output_dir/STOP, and makes all ranks stop after the same step.
+class Request(enum.IntEnum):
+    """In rising urgency: the most urgent that any rank got holds for all."""
+
+    NONE = 0
+    SAVE = 1
+    """SIGUSR1: save and go on."""
+    STOP = 2
+    """SIGTERM, SIGINT or output_dir/STOP: save and end."""
+
+
+_SIGNALS = {signal.SIGTERM: Request.STOP, signal.SIGINT: Request.STOP, signal.SIGUSR1: Request.SAVE}
+
+
+class Requests:
+    """Notices requests and makes all ranks see the same one after the same step.
 
     Signals come to the ranks through `lmscale train`. Under the bare `deepspeed` command, whose launcher loses ranks on
     a signal, the stop file is the way.
@@ -27,25 +36,29 @@ class StopRequest:
     def __init__(self, output_dir: Path, device: torch.device):
         self._file = output_dir / STOP_FILE
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self._signal: int | None = None
+        self._noted = Request.NONE
 
     def install(self) -> None:
-        """Handle the signals from now on."""
+        """Handle the signals from now on, and forget a stop file that an earlier start left."""
+        if dist.get_rank() == 0:
+            self.clear()
         for number in _SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self._signal = number
+        self._noted = max(self._noted, _SIGNALS[signal.Signals(number)])
 
-    def is_agreed(self) -> bool:
-        """Tell whether any rank was asked to stop.
+    def agreed(self) -> Request:
+        """Return the most urgent request that any rank got since the last call.
 
         Collectives: a maximum over all ranks.
         """
-        asked = self._signal is not None or (dist.get_rank() == 0 and self._file.exists())
-        self._flag.fill_(int(asked))
+        noted, self._noted = self._noted, Request.NONE
+        if dist.get_rank() == 0 and self._file.exists():
+            noted = Request.STOP
+        self._flag.fill_(int(noted))
         dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        return bool(self._flag.item())
+        return Request(int(self._flag.item()))
 
     def clear(self) -> None:
         """Remove the stop file, so that the next start goes on; call on rank 0."""

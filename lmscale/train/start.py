@@ -17,6 +17,7 @@ from lmscale.config.run import RunConfig
 from lmscale.errors import CheckpointError
 from lmscale.feed.loader import corpus_hashes
 from lmscale.log import get_logger
+from lmscale.monitor.atomic import replaced
 from lmscale.monitor.console import Console, ConsoleLike, NullConsole
 from lmscale.monitor.manifest import versions, write_manifest
 from lmscale.monitor.throughput import Throughput, Work
@@ -111,7 +112,8 @@ def open_monitor(
         return
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / CONFIG_FILE).write_text(show(config))
+    with replaced(output_dir / CONFIG_FILE) as file:
+        file.write(show(config).encode())
     layout = {
         "world_size": topology.world_size,
         "tp_size": topology.tp_size,

@@ -52,6 +52,7 @@ def test_version(capsys):
     ("argv", "part"),
     [
         (["trian"], "trian"),
+        (["data"], "missing command; see lmscale data --help"),
         (["--nope"], "no such option: --nope"),
         (["train", "--nope"], "no such option: --nope"),
         (["train", "--devices", "two", "x.yaml"], "invalid value for '--devices'"),

@@ -24,7 +24,7 @@ def write_corpus(prefix: Path, lengths=(40, 24)) -> None:
 def run_keys(directory: Path) -> dict:
     return {
         "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512},
-        "data": {"train": [{"prefix": str(directory / "corpus")}], "seq_length": 32},
+        "data": {"train": [{"prefix": str(directory / "corpus")}], "split": "1,0,0", "seq_length": 32},
         "batch": {"micro_batch_size": 2, "global_batch_size": 16},
         "optim": {"lr": 1.0e-3},
         "train": {"train_tokens": 10_000},

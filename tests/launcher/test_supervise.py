@@ -163,7 +163,7 @@ def test_ranks_outlive_a_killed_launcher_and_keep_their_status(tmp_path):
 def test_a_launcher_that_starts_no_rank_makes_status_1(tmp_path):
     argv = [sys.executable, "-c", "raise SystemExit(3)"]
     outcome = supervise(argv, {**os.environ, RUN_ID: "none"}, tmp_path, 2)
-    assert outcome == Outcome(1, "no rank came up; the launcher ended with status 3, see above")
+    assert outcome == Outcome(1, "every rank crashed or was killed without a word; the launcher returned 3, see above")
 
 
 def test_handlers_are_put_back(tmp_path):

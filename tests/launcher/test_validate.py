@@ -37,7 +37,12 @@ def test_validation_leaves_nothing_behind(tmp_path):
         (["model.init_from=nowhere"], 1, "model.init_from = 'nowhere': there is no such checkpoint"),
         (["checkpoint.resume=nowhere"], 1, "checkpoint.resume = 'nowhere': there is no such checkpoint"),
         (["output_dir=/proc/version/x"], 1, "output_dir = '/proc/version/x': /proc/version is not a directory"),
-        (["data.seq_length=64"], 1, "holds 64 tokens, and one window is data.seq_length + 1 = 65"),
+        (
+            ["data.seq_length=64"],
+            1,
+            "the train share has 64 tokens in 2 documents, fewer than one window of",
+        ),
+        (["data.split='1,1,0'", "data.seq_length=24"], 1, "the valid share has 24 tokens in 1 documents"),
         (["tokenizer.path=nowhere"], 1, "there is no tokenizer"),
     ],
 )
@@ -70,7 +75,7 @@ def test_a_held_out_corpus_is_checked_too(tmp_path):
     config = make_run(tmp_path, f"data.valid=[{{name: v, prefix: {tmp_path}/held-out}}]")
     assert "held-out" in refusal(config)
     write_corpus(tmp_path / "held-out", [8])
-    assert "data.valid.0.prefix" in refusal(config)
+    assert "the corpus has 8 tokens" in refusal(config)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
@@ -94,7 +99,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
     known = {"eos_id": 2, "documents": 2, "tokens": 64, "skipped": {}, "bin_bytes": 128}
     manifest = Manifest(tokenizer_hash="other", vocab_size=300, idx_sha256=digest, **known)
     manifest_path(prefix).write_text(manifest.to_json())
-    assert "was tokenized with 300 entries, and model.vocab_size = 512" in refusal(config)
+    assert "was tokenized with a vocabulary of 300, and model.vocab_size is 512" in refusal(config)
 
 
 class TestOutputDir:
@@ -127,7 +132,7 @@ class TestOutputDir:
             ("model.num_layers=4", "model.num_layers", "4", "2"),
             ("model.init.std=0.5", "model.init.std", "0.5", "0.02"),
             ("data.seq_length=16", "data.seq_length", "16", "32"),
-            ("data.split='1,0,0'", "data.split", "'1,0,0'", "'98,1,1'"),
+            ("data.split='1,1,0'", "data.split", "'1,1,0'", "'1,0,0'"),
             ("train.seed=7", "train.seed", "7", "1234"),
             ("batch.global_batch_size=8", "batch.global_batch_size", "8", "16"),
         ],

@@ -1,0 +1,77 @@
+"""Sequences of different lengths as one batch, padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lmscale.config.model import ModelConfig
+from lmscale.errors import ConfigError
+
+_PADDING, _TEXT = 0, 1
+"""Document ids: text does not see padding."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """What the model reads. The last token of each sequence stands last, so that all continue in the same column.
+
+    Shapes: all int64 [b, s]. A sequence's positions count from 0 at its own first token.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    document_ids: torch.Tensor
+
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The record as the first layer takes it off the wire."""
+        return self.tokens, self.positions, self.document_ids
+
+    def after(self, tokens: torch.Tensor) -> Padded:
+        """Make the record of one new token for each sequence, to be read behind this one.
+
+        Shapes: tokens int64 [b].
+        """
+        new = tokens[:, None]
+        return Padded(new, self.positions[:, -1:] + 1, torch.full_like(new, _TEXT))
+
+
+def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Padded:
+    """Pad token ids on the left to the longest of them.
+
+    Args:
+        sequences: none of them empty.
+        device: of the result.
+    """
+    longest = max(map(len, sequences))
+    rows = [F.pad(torch.tensor(sequence, dtype=torch.int64), (longest - len(sequence), 0)) for sequence in sequences]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    places = torch.arange(longest) - (longest - lengths)[:, None]
+    document_ids = torch.where(places >= 0, _TEXT, _PADDING)
+    return Padded(torch.stack(rows).to(device), places.clamp(min=0).to(device), document_ids.to(device))
+
+
+def check_sequences(sequences: Sequence[Sequence[int]], model: ModelConfig, num_new: int = 0) -> None:
+    """Check that a model can read sequences and write num_new tokens behind each.
+
+    Raises:
+        ConfigError: if one is empty, has an id outside the vocabulary, or is too long.
+    """
+    for ids in sequences:
+        if not ids:
+            raise ConfigError("holds no token", field="text", remedy="give at least one character")
+        wrong = next((number for number in ids if not 0 <= number < model.vocab_size), None)
+        if wrong is not None:
+            rule = f"is outside the model's vocabulary of {model.vocab_size}"
+            raise ConfigError(rule, field="token id", value=wrong, remedy="use the tokenizer of the model's run")
+        if len(ids) + num_new > model.max_position_embeddings:
+            new = f" and {num_new} new ones are" if num_new else ", which is"
+            raise ConfigError(
+                f"{len(ids)} tokens{new} more than model.max_position_embeddings = {model.max_position_embeddings}",
+                field="text",
+                remedy="shorten the text" + (" or ask for fewer new tokens" if num_new else ""),
+            )

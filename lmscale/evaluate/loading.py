@@ -1,0 +1,156 @@
+"""A checkpoint's model without an engine: for reading it, not for training it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lmscale.config.data import TokenizerConfig
+from lmscale.config.io import load_run
+from lmscale.config.parallel import ParallelConfig
+from lmscale.config.run import CROSS_SECTION_RULES, RunConfig
+from lmscale.errors import CheckpointError, ConfigError
+from lmscale.models.build import SequentialModel, build_model
+from lmscale.models.context import ModelContext, build_context
+from lmscale.models.decoder import decoder_specs
+from lmscale.models.loss import LanguageModelLoss
+from lmscale.models.transformer_config import build_transformer_config
+from lmscale.parallel.seeds import WeightInit
+from lmscale.parallel.topology import Topology, init_topology
+from lmscale.train.checkpoint import PARAMETER, CheckpointReader, find_checkpoint
+from lmscale.train.fragments import LogicalTensor, logical_tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Take a checkpoint's directory, or the newest of a run's directory or of its checkpoints/.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError("does not exist", field="checkpoint", value=str(path))
+    for directory in (path / "checkpoints", path):
+        newest = find_checkpoint(directory)
+        if newest is not None:
+            return newest
+    if (path / "manifest.json").is_file():
+        return path
+    raise CheckpointError("holds no checkpoint", field="checkpoint", value=str(path))
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """Read the config of the run that wrote a checkpoint, its tokenizer replaced by the checkpoint's copy."""
+    config = load_run(checkpoint / "config.yaml")
+    copy = checkpoint / "tokenizer"
+    if config.tokenizer is None or not copy.is_dir():
+        return config
+    file = copy / Path(config.tokenizer.path).name
+    tokenizer = TokenizerConfig(type=config.tokenizer.type, path=str(file if file.is_file() else copy))
+    return config.model_copy(update={"tokenizer": tokenizer})
+
+
+def start_topology(config: RunConfig, device: str | torch.device | None) -> Topology:
+    """Lay out all ranks that there are as tensor-parallel ones, and find this rank's place.
+
+    A single process makes its group in memory, without a port. Ranks that a launcher started find one another as it
+    says.
+
+    Args:
+        config: of the model that is to be split.
+        device: where to compute; None takes the rank's GPU where there is one.
+
+    Raises:
+        ConfigError: if the model does not divide over the ranks, or the device is not there.
+    Collectives: creates process groups; every rank must call.
+    """
+    chosen = None if device is None else _device(device)
+    num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    split = config.model_copy(update={"parallel": ParallelConfig(tp_size=num_ranks)})
+    for rule in CROSS_SECTION_RULES:
+        rule(split)
+    if not dist.is_initialized() and num_ranks == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    topology = init_topology(tp_size=num_ranks, pp_size=1)
+    if chosen is None or chosen == topology.device:
+        return topology
+    if num_ranks > 1 and chosen.type != topology.device.type:
+        rule = f"the group of these {num_ranks} ranks is over {topology.device.type}"
+        raise ConfigError(rule, field="device", value=str(chosen), remedy="leave it out, or set DS_ACCELERATOR=cpu")
+    return replace(topology, device=chosen)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError("is not a device of this machine", field="device", value=str(name)) from None
+    return device
+
+
+def build_module(
+    reader: CheckpointReader, config: RunConfig, topology: Topology, precision: str
+) -> tuple[SequentialModel, ModelContext]:
+    """Build this rank's slice of a checkpoint's model, in eval mode.
+
+    Positions and document ids are on its wire always, so that sequences of different lengths share a batch.
+
+    Args:
+        reader: the checkpoint.
+        config: its config.
+        topology: all ranks tensor-parallel.
+        precision: fp32, bf16 or fp16.
+
+    Raises:
+        CheckpointError: if the checkpoint's tensors are not those of its config.
+    """
+    if precision not in DTYPES:
+        raise ConfigError(f"must be one of {', '.join(DTYPES)}", field="precision", value=precision)
+    blank = _Blank(config.train.seed)
+    context = replace(
+        build_context(config.model, topology, seed=config.train.seed, isolates_documents=True),
+        weights=blank,
+        transformer=build_transformer_config(config.model, blank, topology.tp_size, sequence_parallel=False),
+    )
+    module = build_model(decoder_specs(context), context, LanguageModelLoss(context), pipeline=False)
+    assert isinstance(module, SequentialModel)
+    module.to(DTYPES[precision]).eval()
+    _fill(module, reader, topology)
+    return module, context
+
+
+class _Blank(WeightInit):
+    """Draws nothing: every weight is about to be read."""
+
+    def normal(self, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: tensor
+
+
+@torch.no_grad()
+def _fill(module: SequentialModel, reader: CheckpointReader, topology: Topology) -> None:
+    described = {
+        name: logical_tensor(module, name, parameter, topology.tp_size) for name, parameter in module.named_parameters()
+    }
+    _check_same_tensors(reader, list(described.values()))
+    for name, parameter in module.named_parameters():
+        values = reader.fragment(PARAMETER, described[name], topology.tp_rank, topology.tp_size, 0, parameter.numel())
+        parameter.copy_(values.view(parameter.shape))
+
+
+def _check_same_tensors(reader: CheckpointReader, tensors: list[LogicalTensor]) -> None:
+    stored, mine = reader.shapes(), {tensor.name: tensor.shape for tensor in tensors}
+    for name in sorted(stored.keys() | mine.keys()):
+        if stored.get(name) != mine.get(name):
+            there, here = stored.get(name, "absent"), mine.get(name, "absent")
+            raise CheckpointError(
+                f"{name} is {there} in its files and {here} by its config.yaml",
+                field="checkpoint",
+                value=str(reader.path),
+            )

@@ -1,0 +1,63 @@
+"""One layout: train the shrunk run on its ranks, by the code that trains the user's, and read the metrics back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import lmscale.pretrain
+from lmscale.config.run import RunConfig
+from lmscale.log import setup_logging
+from lmscale.models.build import build_model
+from lmscale.monitor import metrics
+from lmscale.parallel.local_ranks import RankPool
+
+TIMEOUT_S = 300.0
+LOGS = "logs"
+
+Series = list[tuple[float, float]]
+"""Of each step, the loss and the gradient norm."""
+
+
+def train_on_ranks(config: RunConfig, num_ranks: int, is_pipeline: bool, tick: Callable[[], None]) -> Series:
+    """Train a run on ranks of its own, forked for it and gone afterwards.
+
+    Raises:
+        RankFailure: if a rank raises, dies or hangs; its log, in output_dir, has the traceback.
+    """
+    output_dir = Path(config.output_dir)
+    with RankPool(num_ranks, logs=output_dir / LOGS) as pool:
+        pool.run(_train, config.model_dump(), is_pipeline, timeout_s=TIMEOUT_S, tick=tick)
+    return _read(output_dir / "metrics.jsonl")
+
+
+def _train(keys: dict[str, Any], is_pipeline: bool) -> int:
+    """Do on a rank what `lmscale.pretrain` does."""
+    setup_logging(dist.get_rank(), Path(keys["output_dir"]) / LOGS)
+    with _on_pipeline_engine() if is_pipeline else contextlib.nullcontext():
+        return lmscale.pretrain.pretrain(RunConfig.model_validate(keys))
+
+
+@contextlib.contextmanager
+def _on_pipeline_engine() -> Iterator[None]:
+    """Let a single stage run on the pipeline engine, which no run does but this comparison of the two engines."""
+    lmscale.pretrain.build_model = functools.partial(build_model, pipeline=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        lmscale.pretrain.build_model = build_model
+
+
+def _read(path: Path) -> Series:
+    """Read losses and norms; a value that was not finite, null in the file, is NaN."""
+    tags = (metrics.TRAIN_LM_LOSS, metrics.TRAIN_GRAD_NORM)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [[math.nan if record.get(tag) is None else float(record[tag]) for tag in tags] for record in records]
+    return [(loss, norm) for loss, norm in rows]

@@ -1,0 +1,32 @@
+"""One thread and a CPU for every test, set before torch is imported: ranks are forked from this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import warnings
+
+with warnings.catch_warnings():
+    # What our dependencies warn of while they are imported is theirs; from here on a warning is an error.
+    warnings.simplefilter("ignore")
+    import lmscale.pretrain  # noqa: F401
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.runs import write_corpus
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A corpus of some 20,000 tokens below 500 in documents of 1 to 200, by prefix."""
+    prefix = tmp_path_factory.mktemp("corpus") / "tokens"
+    write_corpus(prefix, np.random.default_rng(7), num_tokens=20_000)
+    return str(prefix)

@@ -1,0 +1,40 @@
+"""Small corpora for the tests of data and feed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lmscale.data.indexed import IndexedCorpus
+from lmscale.data.manifest import Manifest
+from lmscale.data.writer import CorpusWriter
+
+TEXTS = [
+    "def f(x):\n\treturn  x + 1\n",
+    "A line, and another.\n\n    Indented four;   and three spaces inside.\r\nnaïve — “quoted” 漢字 🙂\n",
+    "The quick brown fox jumps over the lazy dog.\n" * 5,
+    "for i in range(10):\n    print(i)\n" * 5,
+] * 4
+
+
+def write_corpus(
+    prefix: str | Path, documents: Sequence[Sequence[int]], vocab_size: int = 1000, tokenizer_hash: str = "none"
+) -> IndexedCorpus:
+    """Write documents of token ids as a corpus with a manifest, and open it."""
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.append(np.array(document, np.uint16).tobytes(), np.array([len(document)], np.int32))
+        writer.finish(
+            lambda sha256, size: Manifest(
+                tokenizer_hash, vocab_size, None, writer.num_documents, writer.num_tokens, {}, sha256, size
+            )
+        )
+    return IndexedCorpus(prefix)
+
+
+def random_documents(num_documents: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    """Draw documents of 1 .. longest ids below 1,000."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 1000, rng.integers(1, longest + 1)).tolist() for _ in range(num_documents)]
