@@ -135,6 +135,8 @@ def _summary(corpus: IndexedCorpus) -> Table:
     from rich.table import Table
 
     table = Table(title=corpus.prefix, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     lengths = np.quantile(np.diff(corpus.document_offsets), _QUANTILES, method="nearest")
     table.add_row("documents", f"{corpus.num_documents:,}")
     table.add_row("tokens", f"{corpus.num_tokens:,}")

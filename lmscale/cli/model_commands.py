@@ -1,4 +1,4 @@
-"""`lmscale generate` and `lmscale evaluate`: parse, call, print.
+"""`lmscale generate`, `lmscale evaluate` and `lmscale verify`: parse, call, print.
 
 Under torchrun (`torchrun --no-python --nproc-per-node 2 lmscale generate ...`) the ranks share the model by tensor
 parallelism, and rank 0 prints.
@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,6 +84,44 @@ def evaluate(
         _print_losses(measured, as_json)
 
 
+def verify(
+    run: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run's config.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Keys to override, as in model.num_layers=8.")
+    ] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            help='Layouts to try, as in "tp2-sp,pp2,tp2-pp2,dp2-zero3,pp1" (pp1: a pipeline of one stage; also '
+            "recompute, norecompute). Without zeroN, the lowest stage that trains. Left out: every layout that can be."
+        ),
+    ] = None,
+    max_ranks: Annotated[int, typer.Option(help="Ranks that a layout may take, all on this machine.")] = 4,
+    steps: Annotated[int, typer.Option(help="Optimizer steps on each layout.")] = 5,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the copy; rounding in bf16 and fp16 hides small mistakes.")
+    ] = Precision.fp32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> int:
+    """Train a shrunk copy of a run for some steps on many layouts, on the CPU, and compare each with one rank.
+
+    Losses and gradient norms must agree to 1e-5 relative; exit with 1 where they do not.
+    """
+    from lmscale.config.io import load_run
+    from lmscale.verify.comparison import Verification, plan_verification
+    from lmscale.verify.show import ProgressBar, show_table, to_json
+
+    plan = plan_verification(load_run(run, overrides or ()), layouts, max_ranks, steps, precision.value)
+    verification = Verification(plan)
+    with ProgressBar(len(plan.candidates) + 1) as bar:
+        results = list(verification.results(bar))
+    if as_json:
+        typer.echo(to_json(verification, results))
+    else:
+        show_table(verification, results)
+    return 0 if all(result.is_good for result in results) else 1
+
+
 @contextlib.contextmanager
 def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -> Iterator[LanguageModel]:
     """Load a model, and leave its process groups at the end."""
@@ -94,7 +132,7 @@ def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -
 
     adopt_rank()
     # stdout is for the result; DeepSpeed's logger takes hold of it while it is imported, until setup_logging.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _without_compiler():
         from lmscale.evaluate.inference import load
         from lmscale.parallel.topology import close_topology
 
@@ -103,6 +141,24 @@ def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -
         model = load(checkpoint, device, precision and precision.value)
     yield model
     close_topology()
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Import without torch.compile, which brings in the compiler: a quarter of the time to start.
+
+    megatron-core puts it on functions at import, on none that inference calls.
+    """
+    import torch
+
+    def leave(function: Any = None, **_: Any) -> Any:
+        return leave if function is None else function
+
+    compile, torch.compile = torch.compile, leave
+    try:
+        yield
+    finally:
+        torch.compile = compile
 
 
 def _is_first_rank() -> bool:

@@ -257,5 +257,9 @@ def _precision_block(keys: dict[str, Any], config: RunConfig) -> dict[str, Any]:
         }
         return {"fp16": {**keys.get("fp16", {}), **ours}}
     if config.precision == "bf16":
-        return {"bf16": {**keys.get("bf16", {}), "enabled": True}}
+        # Unless the file says otherwise, gradients of micro batches are summed in fp32: bf16 has 8 bits for the sum.
+        return {
+            "bf16": {**keys.get("bf16", {}), "enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32", **keys.get("data_types", {})},
+        }
     return {}

@@ -28,7 +28,7 @@ class ModelConfig(Section):
     """A transformer language model."""
 
     preset: str | None = None
-    """A published size (`lmscale plan --list-presets` names them); keys beside it override the preset's."""
+    """A published size: gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b, -13b, -175b; keys beside it override it."""
     architecture: Literal["gpt"] = "gpt"
     """gpt: decoder-only, causal."""
     num_layers: int = Field(gt=0)

@@ -1,4 +1,4 @@
-"""Text to .bin/.idx: worker processes encode chunks of documents, this process reads and writes in order."""
+"""Text to .bin/.idx: this process reads and writes in order, and encodes chunks of documents with its workers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from lmscale.data.tokenizer import Tokenizer, load_tokenizer
 from lmscale.data.writer import CorpusWriter
 from lmscale.errors import DataError, RunError
 
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 17
 _CHUNK_RECORDS = 4096
-_CHUNKS_IN_FLIGHT_PER_WORKER = 4
+_CHUNKS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def encode_corpus(
 ) -> EncodeResult:
     """Tokenize a corpus into PREFIX.bin, PREFIX.idx and PREFIX.json, which appear together, when whole.
 
-    The output is the same for every number of workers. Memory holds a few chunks of 256 KiB of text for each worker (a
+    The output is the same for every number of workers. Memory holds a few chunks of 128 KiB of text for each worker (a
     longer document is a chunk of its own) and 4 bytes for each document.
 
     Args:
         inputs: globs of .txt and .jsonl files, also .gz and .zst.
         tokenizer_config: the tokenizer.
         output_prefix: the output; a former corpus there is replaced at the end.
-        workers: processes that encode; 1 encodes in this one, None takes one for each CPU that this process may use.
+        workers: processes that encode, this one included; None takes one for each CPU that this process may use.
             More than one needs what multiprocessing's "spawn" needs: a script guards its main.
         json_key: the key of the text in JSON lines.
         strict: stop at a broken line, in the place of skipping and counting it.
@@ -158,19 +158,19 @@ _Map = Callable[[Iterable[list[Record]]], Iterator[_Encoded]]
 
 @contextmanager
 def _mapper(workers: int, encoder: _Encoder, config: TokenizerConfig) -> Iterator[_Map]:
-    """Provide a lazy, ordered map over chunks, in this process or in workers."""
+    """Provide a lazy, ordered map over chunks, in this process and workers - 1 others."""
     if workers == 1:
         yield lambda chunks: map(encoder, chunks)
         return
     # Spawned, not forked: the caller may have threads (torch's, a progress bar's), whose locks a fork leaves locked.
     pool = ProcessPoolExecutor(
-        workers,
+        workers - 1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(config, encoder.json_key, encoder.end_id),
     )
     try:
-        yield lambda chunks: _ordered(pool, chunks, workers * _CHUNKS_IN_FLIGHT_PER_WORKER)
+        yield lambda chunks: _shared(pool, encoder, chunks, (workers - 1) * _CHUNKS_AHEAD)
     except BrokenProcessPool:
         raise RunError(
             "a worker process died", field="--workers", value=workers, remedy="if memory ran out, use fewer"
@@ -179,14 +179,25 @@ def _mapper(workers: int, encoder: _Encoder, config: TokenizerConfig) -> Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _ordered(pool: ProcessPoolExecutor, chunks: Iterable[list[Record]], in_flight: int) -> Iterator[_Encoded]:
-    waiting: deque[Future[_Encoded]] = deque()
+def _shared(
+    pool: ProcessPoolExecutor, encoder: _Encoder, chunks: Iterable[list[Record]], ahead: int
+) -> Iterator[_Encoded]:
+    """Encode chunks in the pool, and here while the pool has `ahead` of them to do; yield them in order.
+
+    Here too, because workers take half a second to start, and a process that only reads would leave a CPU half idle.
+    """
+    results: deque[Future[_Encoded]] = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(_encode_in_worker, chunk))
-        if len(waiting) >= in_flight:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        if sum(not result.done() for result in results) < ahead:
+            results.append(pool.submit(_encode_in_worker, chunk))
+        else:
+            results.append(Future())
+            results[-1].set_result(encoder(chunk))
+        # The bound keeps a worker's one long document from filling the memory with what comes after it.
+        while results and (results[0].done() or len(results) >= 4 * ahead):
+            yield results.popleft().result()
+    while results:
+        yield results.popleft().result()
 
 
 _worker_encoder: _Encoder

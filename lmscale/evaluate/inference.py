@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TypeGuard
 
@@ -108,7 +109,9 @@ class LanguageModel:
         """
         if self.config.tokenizer is None:
             raise ConfigError(
-                "is missing from the checkpoint's config", field="tokenizer", remedy="give token ids instead of text"
+                "is missing from the checkpoint's config",
+                field="tokenizer",
+                remedy="give token ids, to generate_ids or score",
             )
         return load_tokenizer(self.config.tokenizer)
 
@@ -309,9 +312,9 @@ class LanguageModel:
             return [self.tokenizer.encode(prompts)]
         if _are_texts(prompts):
             return self.tokenizer.encode_batch(prompts)
-        if all(isinstance(item, int) for item in prompts):
-            return [list(prompts)] if prompts else []  # type: ignore[arg-type]
-        return [list(item) for item in prompts]  # type: ignore[arg-type]
+        if all(isinstance(item, Integral) for item in prompts):
+            return [[int(item) for item in prompts]] if prompts else []  # type: ignore[arg-type]
+        return [[int(number) for number in item] for item in prompts]  # type: ignore[union-attr]
 
 
 def _are_texts(prompts: Sequence[object]) -> TypeGuard[Sequence[str]]:

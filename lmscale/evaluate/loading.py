@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -77,7 +79,8 @@ def start_topology(config: RunConfig, device: str | torch.device | None) -> Topo
         rule(split)
     if not dist.is_initialized() and num_ranks == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    topology = init_topology(tp_size=num_ranks, pp_size=1)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it builds; stdout is the caller's
+        topology = init_topology(tp_size=num_ranks, pp_size=1)
     if chosen is None or chosen == topology.device:
         return topology
     if num_ranks > 1 and chosen.type != topology.device.type:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from lmscale.batch import LOSS_MASK
 from lmscale.data.blend import Blend, Located
@@ -15,7 +14,7 @@ from lmscale.feed.transport import Packed, pack
 from lmscale.objectives.base import Arrays, Objective, Samples
 
 
-class SampleDataset(Dataset[Packed]):
+class SampleDataset:
     """Reads samples, applies the objective and packs the result, a batch at a time.
 
     Args:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lmscale.config.run import RunConfig, split_shares
 from lmscale.data.blend import Blend
@@ -86,7 +86,7 @@ class HeldOut:
 
 def corpus_hashes(config: RunConfig) -> dict[str, str]:
     """Hash the content of every corpus that a run reads, for its manifest: prefix -> hash."""
-    prefixes = [source.prefix for source in (*config.data.train, *config.data.valid)]
+    prefixes = [source.prefix for source in config.data.train] + [source.prefix for source in config.data.valid]
     return {prefix: IndexedCorpus(prefix).content_hash for prefix in prefixes}
 
 
@@ -151,7 +151,7 @@ def _iterate(
 ) -> Iterator[Batch]:
     pin = torch.cuda.is_available()
     loader: DataLoader[Any] = DataLoader(
-        dataset,
+        cast(Dataset[Any], dataset),  # torch asks for __getitems__ alone
         batch_sampler=_Messages(sampler, max(1, _SAMPLES_A_MESSAGE // micro_batch_size)),
         num_workers=num_workers,
         collate_fn=_as_it_is,

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lmscale.models.context import ModelContext
+from lmscale.parallel.device import multiplies_slowly
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,12 @@ class CoreAttention(nn.Module):
                 self._context.dropout.seed(
                     q.device, self._layer_key, micro_batch, "attention", differs_over_tp=True
                 )
+            dtype = q.dtype
+            if multiplies_slowly(q):
+                q, k, v = q.float(), k.float(), v.float()
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self._scale, enable_gqa=grouped
-            )
+            ).to(dtype)
 
         if self._context.recompute == "selective" and torch.is_grad_enabled():
             if keeps_scores(query, key, value, mask, dropout, is_causal, grouped):

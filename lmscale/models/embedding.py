@@ -16,6 +16,7 @@ from torch import nn
 
 from lmscale.models.block import drop_hidden
 from lmscale.models.context import ModelContext
+from lmscale.models.linear import linear
 from lmscale.models.norm import Norm
 
 WORD_EMBEDDING = "word_embedding"
@@ -117,7 +118,7 @@ def parallel_logits(context: ModelContext, hidden: torch.Tensor, weight: torch.T
     Collectives: over the tensor-parallel group, in backward and, under sequence parallelism, in forward.
     """
     if context.groups.tp.size() == 1:
-        return F.linear(hidden, weight)
+        return linear(hidden, weight)
     if context.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=context.groups.tp

@@ -10,6 +10,7 @@ where no GPU is in use:
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -41,6 +42,20 @@ def prepare_device() -> torch.device:
     torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
     _allow_fp16_on_cpu()
     return device
+
+
+def multiplies_slowly(tensor: torch.Tensor) -> bool:
+    """Tell whether torch has no matrix kernels for a tensor: half precision on a CPU without instructions for it."""
+    return tensor.device.type == "cpu" and tensor.dtype in _slow_dtypes()
+
+
+@functools.cache
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    has_kernels = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, is_fast in has_kernels.items() if not is_fast)
 
 
 def _allow_fp16_on_cpu() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -175,9 +176,25 @@ def _serve(rank: int, world_size: int, directory: Path, logs: Path, parent: int,
             text = traceback.format_exc()
             sys.stderr.write(text)
             answer = ("error", (f"rank {rank}: {_one_line(error)}", f"rank {rank}:\n{text}"))
+        _drop_groups()
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send_bytes(pickle.dumps(answer))
+
+
+def _drop_groups() -> None:
+    """Leave the groups that a function has made: each keeps gloo threads that wake up a hundred times a second."""
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+    from torch.distributed import distributed_c10d
+
+    gc.collect()
+    world = distributed_c10d.GroupMember.WORLD
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not world:
+            dist.destroy_process_group(group)
+    groups._WORLD_GROUP = None  # DeepSpeed's copy of the world, dropped above
+    gc.collect()
 
 
 def _end_with_parent(parent: int) -> None:

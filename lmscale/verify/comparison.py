@@ -19,13 +19,14 @@ from typing import Literal, Protocol
 from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed
 from lmscale.config.run import CROSS_SECTION_RULES, RunConfig
 from lmscale.errors import ConfigError, RunError
+from lmscale.launcher.environment import visible_devices
 from lmscale.verify.corpus import shrink_corpora
 from lmscale.verify.layouts import Candidate, all_layouts, parse_layouts, reference_layout
 from lmscale.verify.shrink import fits, lay_out, shrink
 
-TOLERANCES = {"fp32": 1.0e-5, "bf16": 3.0e-2, "fp16": 1.0e-2}
-"""Largest relative difference that passes. In fp32 it is what the order of sums does; in half precision rounding hides
-small mistakes, and a wrong layout shows only where it is grossly wrong."""
+TOLERANCES = {"fp32": 1.0e-5, "bf16": 5.0e-3, "fp16": 2.0e-3}
+"""Largest relative difference that passes. In fp32 the order of sums makes 5e-7; in half precision rounding makes up to
+4e-4 (bf16) and 1e-4 (fp16), and hides small mistakes. Each is over ten times what right layouts were seen to make."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Verification:
         """Where the tokens come from."""
         self.directory: Path | None = None
         """Rank logs, where a layout failed."""
+        self.has_cuda = visible_devices(os.environ) is not None
 
     def results(self, observer: Observer) -> Iterator[Result]:
         """Train the reference, then every layout, and compare.

@@ -67,7 +67,7 @@ class ProgressBar:
             self._console.print(f"{self._done} of {self._total}: {result.layout.name} {result.verdict}", markup=False)
 
 
-def summary(verification: Verification, has_cuda: bool) -> list[str]:
+def summary(verification: Verification) -> list[str]:
     """Say in lines what is compared."""
     plan, model = verification.plan, verification.plan.small.model
     batch, steps = plan.small.batch, plan.small.train.stop_at_step
@@ -78,7 +78,7 @@ def summary(verification: Verification, has_cuda: bool) -> list[str]:
         f"data: {verification.data}",
         *plan.notes,
     ]
-    if has_cuda:
+    if verification.has_cuda:
         lines.append("on the CPU over gloo: the CUDA devices of this machine are left alone")
     if plan.left_out:
         names = ", ".join(candidate.name for candidate in plan.left_out)
@@ -86,10 +86,10 @@ def summary(verification: Verification, has_cuda: bool) -> list[str]:
     return lines
 
 
-def show_table(verification: Verification, results: Sequence[Result], has_cuda: bool) -> None:
+def show_table(verification: Verification, results: Sequence[Result]) -> None:
     """Print the summary and the table on stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    for line in summary(verification, has_cuda):
+    for line in summary(verification):
         console.print(line, markup=False)
     table = Table(
         Column("layout", no_wrap=True),
@@ -118,7 +118,7 @@ def show_table(verification: Verification, results: Sequence[Result], has_cuda: 
         console.print(f"rank logs: {verification.directory}", markup=False)
 
 
-def to_json(verification: Verification, results: Sequence[Result], has_cuda: bool) -> str:
+def to_json(verification: Verification, results: Sequence[Result]) -> str:
     """Render what the table shows as JSON; a difference that is no number is null."""
     plan = verification.plan
     return json.dumps(
@@ -127,7 +127,7 @@ def to_json(verification: Verification, results: Sequence[Result], has_cuda: boo
             "precision": plan.small.precision,
             "steps": plan.small.train.stop_at_step,
             "data": verification.data,
-            "notes": summary(verification, has_cuda),
+            "notes": summary(verification),
             "model": plan.small.model.model_dump(mode="json"),
             "left_out": [candidate.name for candidate in plan.left_out],
             "logs": None if verification.directory is None else str(verification.directory),

@@ -48,11 +48,11 @@ def _train(keys: dict[str, Any], is_pipeline: bool) -> int:
 @contextlib.contextmanager
 def _on_pipeline_engine() -> Iterator[None]:
     """Let a single stage run on the pipeline engine, which no run does but this comparison of the two engines."""
-    lmscale.pretrain.build_model = functools.partial(build_model, pipeline=True)  # type: ignore[assignment]
+    lmscale.pretrain.build_model = functools.partial(build_model, pipeline=True)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        lmscale.pretrain.build_model = build_model
+        lmscale.pretrain.build_model = build_model  # type: ignore[attr-defined]
 
 
 def _read(path: Path) -> Series:

@@ -148,7 +148,7 @@ def test_a_limit_on_the_size_of_files_while_writing_is_a_full_disk(
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_leaves_nothing_that_looks_done_and_no_process(
-    large_file: Path, config: TokenizerConfig, tmp_path: Path, kill: signal.Signals
+    large_file: Path, corpus_file: Path, config: TokenizerConfig, tmp_path: Path, kill: signal.Signals
 ) -> None:
     output = tmp_path / "out" / "c"
     process = start(tmp_path, large_file, config.path, output, 2, 0)
@@ -159,7 +159,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_done_and_no_process(
     left = {path.name for path in output.parent.iterdir()}
     assert left == ({"c.bin.partial"} if kill == signal.SIGKILL else set())
     _wait_until(lambda: not _has_processes(process.pid))
-    encode_corpus([f"{large_file}"], config, output, workers=1)
+    encode_corpus([str(corpus_file)], config, output, workers=1)
     assert {path.name for path in output.parent.iterdir()} == {"c.bin", "c.idx", "c.json"}
 
 

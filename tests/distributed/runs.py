@@ -70,8 +70,7 @@ def run_keys(corpus: str, output_dir: Path, **changes: Any) -> Keys:
 
 def pretrain_on_ranks(world_size: int, keys: Keys, timeout_s: float = 240.0) -> list[Keys]:
     """Train a run on forked ranks and return the records of its metrics.jsonl."""
-    statuses = run_ranks(world_size, _pretrain, keys, timeout_s=timeout_s)
-    assert len(set(statuses)) == 1, statuses
+    assert run_ranks(world_size, pretrain_in_rank, keys, timeout_s=timeout_s) == [0] * world_size
     return records(keys)
 
 
@@ -86,7 +85,8 @@ def fresh(keys: Keys) -> Keys:
     return keys
 
 
-def _pretrain(keys: Keys) -> int:
+def pretrain_in_rank(keys: Keys) -> int:
+    """Train a run on this rank of a pool and return its exit status."""
     import gc
 
     from lmscale.config.io import parse_run

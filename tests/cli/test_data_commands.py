@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from lmscale.cli.data_commands import data_app, tokenize, tokenizer_app
+from lmscale.errors import DataError
+
+TEXT = "The quick brown fox jumps over the lazy dog,\n\tand 2 + 2 = 4.\n" * 20
+
+app = typer.Typer()
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.command("tokenize")(tokenize)
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": f"{number} {TEXT}"}) + "\n" for number in range(3)) + "{\n")
+    return path
+
+
+def test_text_becomes_a_corpus_that_can_be_looked_into(text: Path, tmp_path: Path) -> None:
+    key = ("--json-key", "body")
+    vocabulary = ("--vocab-size", 405, "--model-type", "bpe")
+    # A shell that expands a glob gives several files to one --input.
+    out = call("tokenizer", "train", "--input", text, text, *vocabulary, "--output", tmp_path / "tokenizer", *key)
+    assert "405 ids, bpe" in out
+    tokenizer = ("--tokenizer", tmp_path / "tokenizer")
+    prefix = tmp_path / "corpus"
+    out = call("tokenize", "--input", text, *tokenizer, "--output", prefix, "--workers", 1, *key)
+    assert "3 documents" in out
+    assert "skipped 1: broken JSON" in out
+    out = call("data", "inspect", prefix, "--documents", 1, *tokenizer)
+    assert "uint16" in out
+    assert "0 The quick brown fox jumps over the lazy dog,\n" in out
+    assert "document 1" not in out
+
+
+def test_strict_stops_at_a_broken_line(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:4: broken JSON"):
+        call(
+            *("tokenizer", "train", "--input", text, "--vocab-size", 400, "--output", tmp_path),
+            *("--json-key", "body", "--strict"),
+        )
+
+
+def test_a_corpus_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        call("data", "inspect", tmp_path / "nothing")
