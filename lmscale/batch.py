@@ -26,7 +26,11 @@ class Field:
 TOKENS = Field("tokens", "int64", "bs", "input", "token ids that the model reads")
 POSITIONS = Field("positions", "int64", "bs", "input", "position of each token; absent where it is 0 .. s-1")
 DOCUMENT_IDS = Field(
-    "document_ids", "int64", "bs", "input", "number of the document in the window; absent where attention crosses documents"
+    "document_ids",
+    "int64",
+    "bs",
+    "input",
+    "number of the document in the window; absent where attention crosses documents",
 )
 LABELS = Field("labels", "int64", "bs", "label", "token ids to predict")
 LOSS_MASK = Field("loss_mask", "float32", "bs", "label", "1.0 where the label counts, else 0.0")

@@ -35,8 +35,12 @@ from lmscale.train.start import begin, build_throughput, choose_determinism, ope
 _log = get_logger(__name__)
 
 
-def pretrain(config: RunConfig) -> int:
+def pretrain(config: RunConfig, *, pipeline: bool | None = None) -> int:
     """Train a run on the ranks that were started, and return the exit status.
+
+    Args:
+        config: the run.
+        pipeline: take DeepSpeed's pipeline engine; left out, where there are several stages.
 
     Raises:
         LmscaleError: if the input is wrong or the run cannot go on.
@@ -47,7 +51,7 @@ def pretrain(config: RunConfig) -> int:
 
     topology = init_topology(config.parallel.tp_size, config.parallel.pp_size)
     choose_determinism(config.train.deterministic)
-    engine = build_engine(config, topology, plan.zero)
+    engine = build_engine(config, topology, plan.zero, pipeline)
     progress = begin(engine, config)
     batch_size = functools.partial(batch_size_at, batch=config.batch)
     loader = build_train_loader(config, topology.dp_rank, topology.dp_size, progress.consumed_samples, batch_size)
@@ -74,7 +78,7 @@ def pretrain(config: RunConfig) -> int:
     return EXIT_INTERRUPTED_AND_SAVED if was_stopped else 0
 
 
-def build_engine(config: RunConfig, topology: Topology, zero: ZeroChoice) -> Engine:
+def build_engine(config: RunConfig, topology: Topology, zero: ZeroChoice, pipeline: bool | None = None) -> Engine:
     """Build this rank's part of the model, its optimizer and the engine around them.
 
     Collectives: every rank must call.
@@ -90,7 +94,7 @@ def build_engine(config: RunConfig, topology: Topology, zero: ZeroChoice) -> Eng
         compile=config.train.compile,
     )
     loss = LanguageModelLoss(context)
-    model = build_model(decoder_specs(context), context, loss)
+    model = build_model(decoder_specs(context), context, loss, pipeline=pipeline)
     groups = build_groups(model.named_parameters(), config.optim)
     optimizer = build_optimizer(groups, config.optim, topology.device, zero.offload_optimizer)
     keys = resolve_deepspeed(load_deepspeed(config.deepspeed), config, topology.dp_size)

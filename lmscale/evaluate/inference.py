@@ -27,7 +27,7 @@ from lmscale.models.block import TransformerLayer
 from lmscale.models.build import SequentialModel
 from lmscale.models.context import ModelContext
 from lmscale.models.embedding import FinalNorm, InputEmbedding
-from lmscale.train.checkpoint import CheckpointReader
+from lmscale.train.checkpoint_reader import CheckpointReader
 
 DEFAULT_NEW_TOKENS = 128
 _LOGITS_BYTES = 64 * 2**20

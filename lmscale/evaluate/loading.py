@@ -24,7 +24,7 @@ from lmscale.models.loss import LanguageModelLoss
 from lmscale.models.transformer_config import build_transformer_config
 from lmscale.parallel.seeds import WeightInit
 from lmscale.parallel.topology import Topology, init_topology
-from lmscale.train.checkpoint import PARAMETER, CheckpointReader, find_checkpoint
+from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader, find_checkpoint
 from lmscale.train.fragments import LogicalTensor, logical_tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

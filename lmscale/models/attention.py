@@ -138,9 +138,7 @@ class CoreAttention(nn.Module):
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if dropout:
-                self._context.dropout.seed(
-                    q.device, self._layer_key, micro_batch, "attention", differs_over_tp=True
-                )
+                self._context.dropout.seed(q.device, self._layer_key, micro_batch, "attention", differs_over_tp=True)
             dtype = q.dtype
             if multiplies_slowly(q):
                 q, k, v = q.float(), k.float(), v.float()
@@ -148,12 +146,10 @@ class CoreAttention(nn.Module):
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self._scale, enable_gqa=grouped
             ).to(dtype)
 
-        if self._context.recompute == "selective" and torch.is_grad_enabled():
-            if keeps_scores(query, key, value, mask, dropout, is_causal, grouped):
-                result: torch.Tensor = checkpoint(
-                    attend, query, key, value, use_reentrant=False, preserve_rng_state=False
-                )
-                return result
+        is_selective = self._context.recompute == "selective" and torch.is_grad_enabled()
+        if is_selective and keeps_scores(query, key, value, mask, dropout, is_causal, grouped):
+            result: torch.Tensor = checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False)
+            return result
         return attend(query, key, value)
 
 

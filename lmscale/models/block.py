@@ -82,8 +82,10 @@ class TransformerLayer(nn.Module):
 def drop_hidden(
     module: nn.Module, context: ModelContext, hidden: torch.Tensor, key: str, micro_batch: int, site: str
 ) -> torch.Tensor:
-    """Apply hidden dropout in training: the same mask on tensor-parallel ranks that hold the same tensor, others where
-    sequence parallelism splits it."""
+    """Apply hidden dropout in training.
+
+    The same mask on tensor-parallel ranks that hold the same tensor, others where sequence parallelism splits it.
+    """
     probability = context.model.hidden_dropout
     if not module.training or not probability:
         return hidden

@@ -65,6 +65,7 @@ def build_model(
         context: what they share.
         loss: loss(outputs, labels), for the pipeline's last stage.
         pipeline: build a PipelineModule; left out, where there are several stages.
+
     Returns:
         A SequentialModel or PipelineModule; both carry `logical_prefixes`, from a parameter's prefix to its logical one.
     Collectives: tied weights are broadcast between their stages; every rank must call.

@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def residual_std(model: ModelConfig) -> float:
-    """Standard deviation of the projections into the residual stream: std / sqrt(2 num_layers).
+    """Compute the standard deviation of the projections into the residual stream: std / sqrt(2 num_layers).
 
     Source: Radford et al. 2019 scale by 1/sqrt(N), N residual layers; each transformer layer adds two.
     """

@@ -10,7 +10,7 @@ where no GPU is in use:
 
 from __future__ import annotations
 
-import functools
+import ctypes
 import os
 
 import torch
@@ -41,21 +41,42 @@ def prepare_device() -> torch.device:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
     _allow_fp16_on_cpu()
+    _keep_freed_memory()
     return device
 
 
 def multiplies_slowly(tensor: torch.Tensor) -> bool:
     """Tell whether torch has no matrix kernels for a tensor: half precision on a CPU without instructions for it."""
-    return tensor.device.type == "cpu" and tensor.dtype in _slow_dtypes()
+    return tensor.dtype in _SLOW_ON_CPU and tensor.device.type == "cpu"
 
 
-@functools.cache
 def _slow_dtypes() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return frozenset((torch.bfloat16, torch.float16))
     has_kernels = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
     return frozenset(dtype for dtype, is_fast in has_kernels.items() if not is_fast)
+
+
+_SLOW_ON_CPU = _slow_dtypes()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed, for the next step.
+
+    Left alone it maps each of them afresh and the kernel zeroes every page again: 5 to 15 % of a step. The process stays
+    as large as its largest step, which training needs again in any case. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of mallopt, from malloc.h; a threshold of -1 never trims."""
 
 
 def _allow_fp16_on_cpu() -> None:
@@ -65,4 +86,6 @@ def _allow_fp16_on_cpu() -> None:
     accelerator = get_accelerator()
     if isinstance(accelerator, CPU_Accelerator) and not accelerator.is_fp16_supported():
         CPU_Accelerator.is_fp16_supported = lambda self: True
-        _log.info("fp16 on a CPU without fp16 instructions: torch computes it, slowly; DeepSpeed's refusal is switched off")
+        _log.info(
+            "fp16 on a CPU without fp16 instructions: torch computes it, slowly; DeepSpeed's refusal is switched off"
+        )

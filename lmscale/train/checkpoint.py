@@ -22,53 +22,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lmscale.errors import CheckpointError, LmscaleError, RunError
 from lmscale.log import get_logger
 from lmscale.optim.build import blank_state, moment_names
+from lmscale.train.checkpoint_reader import FORMAT, PARAMETER, CheckpointReader, Piece
 from lmscale.train.engine import Engine
-from lmscale.train.fragments import Fragment, LogicalTensor, write_back
+from lmscale.train.fragments import Fragment, write_back
 from lmscale.train.progress import Progress
 
 _log = get_logger(__name__)
-
-FORMAT = 1
-PARAMETER = "param"
-"""Kind of a slice of master weights; the moments' kinds are the optimizer's names (exp_avg, exp_avg_sq)."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stored range [start, end) of the flattened slice that one tensor-parallel rank has of a logical tensor."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    tp_dim: int | None
-    tp_stride: int
-    tp_rank: int
-    tp_size: int
-    start: int
-    end: int
-    file: str
-    key: str
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
     """Path of the checkpoint of a step."""
     return checkpoints / f"step-{step:08d}"
-
-
-# -- saving ------------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -83,8 +59,10 @@ def save_checkpoint(
         config_yaml: the resolved config.
         tokenizer: the tokenizer's file or directory, copied into the checkpoint.
         keep: newest checkpoints that stay; 0 keeps all.
+
     Returns:
         The checkpoint's directory.
+
     Raises:
         RunError: on every rank, if any rank could not write; the earlier checkpoints are as they were.
     Collectives: every rank must call.
@@ -251,7 +229,7 @@ def _flush(path: Path) -> None:
 
 
 def _optimizer_step(engine: Engine) -> int:
-    """Updates that the optimizer has made: steps less the skipped ones."""
+    """Count the updates that the optimizer has made: steps less the skipped ones."""
     steps = [int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state]
     return max(steps, default=0)
 
@@ -264,156 +242,6 @@ def _scaler_state(engine: Engine) -> dict[str, float] | None:
     return {key: getattr(scaler, key) for key in _SCALER_KEYS} if hasattr(scaler, "cur_hysteresis") else None
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def find_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None where it has none.
-
-    Raises:
-        CheckpointError: if `latest` names one that is not there.
-    """
-    pointer = checkpoints / "latest"
-    if not pointer.is_file():
-        return None
-    path = checkpoints / pointer.read_text().strip()
-    if not path.is_dir():
-        raise CheckpointError(
-            "names a checkpoint that does not exist", field=str(pointer), value=path.name, remedy="name one by checkpoint.resume"
-        )
-    return path
-
-
-class CheckpointReader:
-    """Reads logical tensors, or slices of them, from a checkpoint's directory.
-
-    Raises:
-        CheckpointError: if the directory is no checkpoint of ours, of a newer format, or lacks (part of) a file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.manifest = self._read_manifest()
-        self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
-        for file in sorted(path.glob("rank-*.json")):
-            for entry in json.loads(file.read_text()):
-                piece = Piece(**{**entry, "shape": tuple(entry["shape"])})
-                self._pieces[piece.kind, piece.name].append(piece)
-        self._open: dict[str, Any] = {}
-        self._logical: tuple[tuple[str, str], torch.Tensor] | None = None
-
-    @property
-    def progress(self) -> Progress:
-        """Where the run was."""
-        return Progress(**self.manifest["progress"])
-
-    @property
-    def kinds(self) -> set[str]:
-        """What is stored: param, and the moments' names."""
-        return {kind for kind, _ in self._pieces}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shape of each parameter."""
-        return {name: pieces[0].shape for (kind, name), pieces in self._pieces.items() if kind == PARAMETER}
-
-    def logical(self, kind: str, name: str) -> torch.Tensor:
-        """Read a whole logical tensor, fp32 on the CPU; the last one read is kept."""
-        if self._logical is None or self._logical[0] != (kind, name):
-            pieces = self._pieces[kind, name]
-            first = pieces[0]
-            parts = []
-            for tp_rank in range(first.tp_size):
-                shape = _local_shape(first.shape, first.tp_dim, first.tp_size)
-                flat = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
-                self._fill(flat, 0, [piece for piece in pieces if piece.tp_rank == tp_rank])
-                parts.append(flat.view(shape))
-            self._logical = (kind, name), _join(parts, first.tp_dim, first.tp_stride)
-        return self._logical[1]
-
-    def fragment(
-        self, kind: str, tensor: LogicalTensor, tp_rank: int, tp_size: int, start: int, end: int
-    ) -> torch.Tensor:
-        """Read the range [start, end) of a rank's flattened slice of a logical tensor, from whatever layout wrote it.
-
-        Returns: fp32 [end - start], on the CPU.
-        """
-        pieces = self._pieces[kind, tensor.name]
-        split = tensor.tp_dim is not None
-        if pieces[0].tp_size == (tp_size if split else 1):
-            flat = torch.empty(end - start, dtype=torch.float32)
-            self._fill(flat, start, [piece for piece in pieces if piece.tp_rank == (tp_rank if split else 0)])
-            return flat
-        whole = self.logical(kind, tensor.name)
-        return tp_slice(whole, tensor.tp_dim, tensor.tp_stride, tp_rank, tp_size).reshape(-1)[start:end]
-
-    def _fill(self, flat: torch.Tensor, start: int, pieces: list[Piece]) -> None:
-        """Copy what the pieces hold of [start, start + len(flat)); together they must cover it."""
-        end, covered = start + flat.numel(), 0
-        for piece in pieces:
-            low, high = max(start, piece.start), min(end, piece.end)
-            if low < high:
-                stored = self._file(piece.file).get_slice(piece.key)[low - piece.start : high - piece.start]
-                flat[low - start : high - start] = stored
-                covered += high - low
-        if covered != flat.numel():
-            name = pieces[0].name if pieces else "?"
-            raise CheckpointError(f"holds {covered} of {flat.numel()} values of {name}", field=str(self.path))
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.path / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot be read: {error}", field=str(self.path / name)) from None
-        return self._open[name]
-
-    def _read_manifest(self) -> dict[str, Any]:
-        try:
-            manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
-            version, files = manifest["format"], manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise CheckpointError(
-                "is not a checkpoint of lmscale: it has no readable manifest.json", field="checkpoint", value=str(self.path)
-            ) from None
-        if version > FORMAT:
-            raise CheckpointError(
-                f"has format {version}, newer than the {FORMAT} that this lmscale reads",
-                field="checkpoint",
-                value=str(self.path),
-                remedy="install a newer lmscale",
-            )
-        for name, size in files.items():
-            file = self.path / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes of {size}"
-                raise CheckpointError(f"{name} {state}", field="checkpoint", value=str(self.path), remedy="use another one")
-        return manifest
-
-
-def _local_shape(shape: tuple[int, ...], tp_dim: int | None, tp_size: int) -> tuple[int, ...]:
-    return tuple(size // tp_size if dim == tp_dim else size for dim, size in enumerate(shape))
-
-
-def tp_slice(whole: torch.Tensor, tp_dim: int | None, tp_stride: int, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """Cut a rank's slice out of a logical tensor: its share of each of tp_stride blocks along tp_dim."""
-    if tp_dim is None:
-        return whole
-    blocks = whole.chunk(tp_stride, dim=tp_dim)
-    return torch.cat([block.chunk(tp_size, dim=tp_dim)[tp_rank] for block in blocks], dim=tp_dim)
-
-
-def _join(parts: list[torch.Tensor], tp_dim: int | None, tp_stride: int) -> torch.Tensor:
-    """Put the slices of all ranks together; the inverse of `tp_slice`."""
-    if tp_dim is None:
-        return parts[0]
-    by_rank = [part.chunk(tp_stride, dim=tp_dim) for part in parts]
-    return torch.cat([blocks[index] for index in range(tp_stride) for blocks in by_rank], dim=tp_dim)
-
-
-# -- loading into an engine --------------------------------------------------------------------------------------------
-
-
 def load_checkpoint(engine: Engine, reader: CheckpointReader, *, weights_only: bool = False) -> Progress:
     """Fill an engine's state from a checkpoint of any layout.
 
@@ -421,8 +249,10 @@ def load_checkpoint(engine: Engine, reader: CheckpointReader, *, weights_only: b
         engine: a new engine over the same model.
         reader: the checkpoint.
         weights_only: take the weights alone; optimizer, loss scale and progress start afresh.
+
     Returns:
         The progress to go on from.
+
     Raises:
         CheckpointError: if the checkpoint is of another model or optimizer.
     Collectives: every rank must call.
@@ -477,7 +307,9 @@ def _check_same_model(pieces: list[Fragment], reader: CheckpointReader) -> None:
     unread = set(stored) - set().union(*names)
     if problem is None and unread:
         problem = CheckpointError(
-            f"is of another model: it holds {min(unread)}, which this one has not", field="checkpoint", value=str(reader.path)
+            f"is of another model: it holds {min(unread)}, which this one has not",
+            field="checkpoint",
+            value=str(reader.path),
         )
     if problem is not None:
         raise problem

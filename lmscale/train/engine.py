@@ -117,6 +117,7 @@ class Engine:
             num_micro_batches: their number, on every stage.
             step: number of the step, from 1; it seeds dropout.
             lr: the rate.
+
         Raises:
             RunError: if an overflow comes at the lowest loss scale.
         Collectives: every rank must call with the same num_micro_batches, step and lr.

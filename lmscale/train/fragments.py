@@ -58,9 +58,7 @@ def logical_tensor(model: nn.Module, name: str, parameter: nn.Parameter, tp_size
     local_shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     is_split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
     tp_dim = int(parameter.partition_dim) if is_split else None  # type: ignore[attr-defined]
-    shape = tuple(
-        size * tp_size if dim == tp_dim else size for dim, size in enumerate(local_shape)
-    )
+    shape = tuple(size * tp_size if dim == tp_dim else size for dim, size in enumerate(local_shape))
     stride = int(parameter.partition_stride) if is_split else 1  # type: ignore[attr-defined]
     return LogicalTensor(logical_name(model, name), shape, local_shape, tp_dim, stride)
 
@@ -87,9 +85,7 @@ def fragments(model: nn.Module, optimizer: Any, zero_stage: int, tp_size: int) -
     return found
 
 
-def _locate(
-    parameter: nn.Parameter, optimizer: Any, zero_stage: int
-) -> tuple[int, torch.Tensor, Any, int] | None:
+def _locate(parameter: nn.Parameter, optimizer: Any, zero_stage: int) -> tuple[int, torch.Tensor, Any, int] | None:
     """Find (start in the local slice, master view, key of optimizer.state, offset in it); None if nothing is here."""
     if zero_stage == 0:
         return 0, parameter.data.view(-1), parameter, 0

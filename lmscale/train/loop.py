@@ -158,5 +158,3 @@ def _save(run: Run) -> None:
         run.engine, run.checkpoints, run.progress, show(run.config), run.tokenizer, run.config.checkpoint.keep
     )
     run.console.message(f"saved {path}")
-
-

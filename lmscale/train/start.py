@@ -27,7 +27,8 @@ from lmscale.parallel.topology import Topology
 from lmscale.plan.devices import peak_flops_per_second
 from lmscale.plan.flops import hardware_flops_per_token, model_flops_per_token
 from lmscale.plan.params import num_parameters
-from lmscale.train.checkpoint import CheckpointReader, find_checkpoint, load_checkpoint
+from lmscale.train.checkpoint import load_checkpoint
+from lmscale.train.checkpoint_reader import CheckpointReader, find_checkpoint
 from lmscale.train.engine import Engine
 from lmscale.train.progress import Progress
 
@@ -142,12 +143,12 @@ def _describe(
     config: RunConfig, engine: Engine, console: ConsoleLike, layout: dict[str, int], notes: list[str]
 ) -> None:
     sizes = ", ".join(f"{name} {value}" for name, value in layout.items())
-    console.message(f"{num_parameters(config.model):,} parameters; {sizes}; {config.precision}; seed {config.train.seed}")
+    console.message(
+        f"{num_parameters(config.model):,} parameters; {sizes}; {config.precision}; seed {config.train.seed}"
+    )
     optimizer = type(engine.basic_optimizer)
     console.message(f"optimizer: {optimizer.__module__}.{optimizer.__name__}")
     rows = group_table(engine.model.named_parameters(), config.optim)
     console.table("Parameter groups", ["group", "weight decay", "parameters", "rule"], rows)
     for note in notes:
         console.message(f"deepspeed: {note}")
-
-

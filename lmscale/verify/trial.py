@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-import lmscale.pretrain
 from lmscale.config.run import RunConfig
 from lmscale.log import setup_logging
-from lmscale.models.build import build_model
 from lmscale.monitor import metrics
 from lmscale.parallel.local_ranks import RankPool
+from lmscale.pretrain import pretrain
 
 TIMEOUT_S = 300.0
 LOGS = "logs"
@@ -41,18 +38,7 @@ def train_on_ranks(config: RunConfig, num_ranks: int, is_pipeline: bool, tick: C
 def _train(keys: dict[str, Any], is_pipeline: bool) -> int:
     """Do on a rank what `lmscale.pretrain` does."""
     setup_logging(dist.get_rank(), Path(keys["output_dir"]) / LOGS)
-    with _on_pipeline_engine() if is_pipeline else contextlib.nullcontext():
-        return lmscale.pretrain.pretrain(RunConfig.model_validate(keys))
-
-
-@contextlib.contextmanager
-def _on_pipeline_engine() -> Iterator[None]:
-    """Let a single stage run on the pipeline engine, which no run does but this comparison of the two engines."""
-    lmscale.pretrain.build_model = functools.partial(build_model, pipeline=True)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        lmscale.pretrain.build_model = build_model  # type: ignore[attr-defined]
+    return pretrain(RunConfig.model_validate(keys), pipeline=is_pipeline or None)
 
 
 def _read(path: Path) -> Series:

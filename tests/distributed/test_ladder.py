@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmscale.train.checkpoint import PARAMETER, CheckpointReader, find_checkpoint
+from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader, find_checkpoint
 from tests.distributed.runs import (
     LLAMA,
     Keys,
@@ -171,7 +171,9 @@ def test_parameters_agree_under_sgd(
     reference_keys, reference = references.get("sgd", **sgd)
     keys = run_keys(corpus, tmp_path, **sgd, **changes)
     assert_same(pretrain_on_ranks(ranks, keys), reference)
-    ours, theirs = (CheckpointReader(find_checkpoint(Path(k["output_dir"], "checkpoints"))) for k in (keys, reference_keys))
+    ours, theirs = (
+        CheckpointReader(find_checkpoint(Path(k["output_dir"], "checkpoints"))) for k in (keys, reference_keys)
+    )
     assert ours.shapes() == theirs.shapes()
     for name in theirs.shapes():
         torch.testing.assert_close(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmscale.config.io import parse_run, show
-from lmscale.train.checkpoint import FORMAT
+from lmscale.train.checkpoint_reader import FORMAT
 
 Tensors = dict[str, torch.Tensor]
 

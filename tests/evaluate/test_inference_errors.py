@@ -75,7 +75,8 @@ def test_wrong_input_is_refused_in_one_line(tmp_path):
         "scored": "ConfigError: text: 65 tokens, which is more than model.max_position_embeddings = 64; "
         "shorten the text",
         "none": "ConfigError: max_new_tokens = 0: must be at least 1",
-        "tokenizer": "ConfigError: tokenizer: is missing from the checkpoint's config; give token ids, to generate_ids or score",
+        "tokenizer": "ConfigError: tokenizer: is missing from the checkpoint's config; "
+        "give token ids, to generate_ids or score",
         "precision": "ConfigError: precision = 'fp8': must be one of fp32, bf16, fp16",
         "device": "ConfigError: device = 'cuda': is not a device of this machine",
         "small": f"DataError: {tmp_path}/small: the corpus has 3 tokens in 1 documents, fewer than one window of "

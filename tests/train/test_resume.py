@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED
-from lmscale.train.checkpoint import CheckpointReader, find_checkpoint
+from lmscale.train.checkpoint_reader import CheckpointReader, find_checkpoint
 from lmscale.train.resilience import STOP_FILE
 from tests.distributed.ranks import RankFailure, run_ranks
 from tests.distributed.runs import (
@@ -167,7 +167,7 @@ def test_truncated_checkpoint_is_refused_by_name(corpus: str, tmp_path: Path) ->
 
 def test_full_disk_leaves_the_earlier_checkpoint(corpus: str, tmp_path: Path) -> None:
     keys = run_keys(corpus, tmp_path, checkpoint__save_interval=2)
-    with pytest.raises(RankFailure, match="could not be written: rank 0: .*No space left"):
+    with pytest.raises(RankFailure, match=r"could not be written: rank 0: .*No space left"):
         run_ranks(2, _pretrain_on_a_disk_that_fills_up, keys)
     checkpoints = tmp_path / "checkpoints"
     assert find_checkpoint(checkpoints) == checkpoints / "step-00000002"
