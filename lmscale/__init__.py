@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # megatron-core warns once for each module that would use Transformer Engine or apex; both are optional, and
 # `lmscale doctor` says what is there.
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+warnings.filterwarnings("ignore", message="full scope is deprecated")
 
 __all__ = ["__version__", "load"]
 

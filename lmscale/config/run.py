@@ -240,6 +240,21 @@ def _options_are_read(config: RunConfig) -> None:
         )
 
 
+def _compiled_layers_draw_nothing(config: RunConfig) -> None:
+    model = config.model
+    for field, probability in (
+        ("model.hidden_dropout", model.hidden_dropout),
+        ("model.attention_dropout", model.attention_dropout),
+    ):
+        if config.train.compile and probability:
+            raise ConfigError(
+                "train.compile: true needs 0.0: compiled layers would draw other dropout masks, and each be compiled anew",
+                field=field,
+                value=probability,
+                remedy="set it to 0.0, or train.compile: false",
+            )
+
+
 def _corpora_are_distinct(config: RunConfig) -> None:
     for key, values in (
         ("data.valid.name", [source.name for source in config.data.valid]),
@@ -282,5 +297,6 @@ CROSS_SECTION_RULES: tuple[Callable[[RunConfig], None], ...] = (
     _warmup_precedes_decay,
     _loss_scale_needs_fp16,
     _options_are_read,
+    _compiled_layers_draw_nothing,
     _corpora_are_distinct,
 )

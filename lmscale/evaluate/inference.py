@@ -20,14 +20,14 @@ from lmscale.config.run import RunConfig
 from lmscale.data.tokenizer import Tokenizer, load_tokenizer
 from lmscale.errors import ConfigError
 from lmscale.evaluate.batches import Padded, check_sequences, pad_left
-from lmscale.evaluate.loading import build_module, read_config, resolve_checkpoint, start_topology
+from lmscale.evaluate.loading import build_module, read_config, start_topology
 from lmscale.evaluate.sampling import Sampler, Sampling
 from lmscale.models.attention import CoreAttention, KeyValueCache
 from lmscale.models.block import TransformerLayer
 from lmscale.models.build import SequentialModel
 from lmscale.models.context import ModelContext
 from lmscale.models.embedding import FinalNorm, InputEmbedding
-from lmscale.train.checkpoint_reader import CheckpointReader
+from lmscale.train.checkpoint_reader import CheckpointReader, resolve_checkpoint
 
 DEFAULT_NEW_TOKENS = 128
 _LOGITS_BYTES = 64 * 2**20

@@ -24,27 +24,10 @@ from lmscale.models.loss import LanguageModelLoss
 from lmscale.models.transformer_config import build_transformer_config
 from lmscale.parallel.seeds import WeightInit
 from lmscale.parallel.topology import Topology, init_topology
-from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader, find_checkpoint
+from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader
 from lmscale.train.fragments import LogicalTensor, logical_tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """Take a checkpoint's directory, or the newest of a run's directory or of its checkpoints/.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    if not path.is_dir():
-        raise CheckpointError("does not exist", field="checkpoint", value=str(path))
-    for directory in (path / "checkpoints", path):
-        newest = find_checkpoint(directory)
-        if newest is not None:
-            return newest
-    if (path / "manifest.json").is_file():
-        return path
-    raise CheckpointError("holds no checkpoint", field="checkpoint", value=str(path))
 
 
 def read_config(checkpoint: Path) -> RunConfig:

@@ -1,21 +1,20 @@
-"""Sample numbers in, packed arrays out: what runs in a data loader's worker."""
+"""Sample numbers in, arrays out: what runs in a data loader's worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmscale.batch import LOSS_MASK
 from lmscale.data.blend import Blend, Located
-from lmscale.errors import DataError, LmscaleError
-from lmscale.feed.transport import Packed, pack
+from lmscale.errors import DataError
 from lmscale.objectives.base import Arrays, Objective, Samples
 
 
 class SampleDataset:
-    """Reads samples, applies the objective and packs the result, a batch at a time.
+    """Reads samples and applies the objective, a batch at a time.
 
     Args:
         blend: the corpora.
@@ -35,13 +34,7 @@ class SampleDataset:
     ):
         self._blend, self._locate, self._objective = blend, locate, objective
         self._vocab_size, self._isolate = vocab_size, isolate
-
-    def __getitems__(self, indices: Sequence[int]) -> Packed | LmscaleError:
-        """Make a batch, or return the error: raised in a worker, it would reach the user inside a traceback."""
-        try:
-            return pack(self.arrays(np.asarray(indices, np.int64)))
-        except LmscaleError as error:
-            return error
+        self.seq_length = blend.windows[0].seq_length
 
     def arrays(self, indices: NDArray[np.int64]) -> Arrays:
         """Make the arrays of a batch.

@@ -6,10 +6,11 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,13 +22,13 @@ from lmscale.data.windows import Windows, split_documents
 from lmscale.errors import LmscaleError
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.feed.sampler import HeldOutSampler, MicroBatchSampler
-from lmscale.feed.transport import unpack
+from lmscale.feed.transport import SlotFiller, Slots
 from lmscale.objectives.registry import build_objective
 
 Batch = dict[str, torch.Tensor]
 """Named, typed and shaped as in lmscale.batch; contiguous, on the CPU, pinned where there is a CUDA device."""
 
-_SAMPLES_A_MESSAGE = 64
+_TOKENS_A_MESSAGE = 1 << 17
 _MESSAGES_AHEAD = 2
 _TRAIN, _VALID = 0, 1
 
@@ -150,9 +151,17 @@ def _iterate(
     dataset: SampleDataset, sampler: Iterable[list[int]], micro_batch_size: int, num_workers: int
 ) -> Iterator[Batch]:
     pin = torch.cuda.is_available()
+    # torch has this many batches asked for at most, and one more is being read.
+    num_slots = num_workers * _MESSAGES_AHEAD + 1
+    seq_length = dataset.seq_length
+    messages = _Messages(sampler, max(1, _TOKENS_A_MESSAGE // (micro_batch_size * seq_length)), num_slots)
+    largest = next(iter(messages), None)
+    if largest is None:
+        return
+    slots = Slots(num_slots, dataset.arrays(np.asarray(largest[1])), shared=num_workers > 0)
     loader: DataLoader[Any] = DataLoader(
-        cast(Dataset[Any], dataset),  # torch asks for __getitems__ alone
-        batch_sampler=_Messages(sampler, max(1, _SAMPLES_A_MESSAGE // micro_batch_size)),
+        cast(Dataset[Any], SlotFiller(dataset.arrays, slots)),  # torch asks for __getitems__ alone
+        batch_sampler=cast(Iterable[list[Any]], messages),
         num_workers=num_workers,
         collate_fn=_as_it_is,
         prefetch_factor=_MESSAGES_AHEAD if num_workers else None,
@@ -161,19 +170,19 @@ def _iterate(
     for message in loader:
         if isinstance(message, LmscaleError):
             raise message
-        yield from unpack(message, micro_batch_size, pin)
+        yield from slots.take(message, micro_batch_size, pin)
 
 
 class _Messages:
-    """Joins the sample numbers of several micro batches, which a worker sends as one."""
+    """Joins the sample numbers of several micro batches, which a worker makes at once, and names a slot for them."""
 
-    def __init__(self, sampler: Iterable[list[int]], micro_batches: int):
-        self._sampler, self._micro_batches = sampler, micro_batches
+    def __init__(self, sampler: Iterable[list[int]], micro_batches: int, num_slots: int):
+        self._sampler, self._micro_batches, self._num_slots = sampler, micro_batches, num_slots
 
-    def __iter__(self) -> Iterator[list[int]]:
-        micro_batches = iter(self._sampler)
-        while message := list(chain.from_iterable(islice(micro_batches, self._micro_batches))):
-            yield message
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        micro_batches, slots = iter(self._sampler), cycle(range(self._num_slots))
+        while indices := list(chain.from_iterable(islice(micro_batches, self._micro_batches))):
+            yield next(slots), indices
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,13 +1,13 @@
-"""Carry batches from a worker process in one piece of shared memory.
+"""Hand batches from a worker process to the trainer through shared memory that is mapped once.
 
-A tensor that crosses processes costs a file descriptor's passage, close to a millisecond, and its bytes cost page
-faults. So the arrays of several micro batches travel as one buffer, integers as int32, and are cut, widened and, for a
-CUDA device, pinned on arrival.
+A tensor that torch sends from process to process is a new mapping each time: a file descriptor's passage, near a
+millisecond, and a page fault for every 4 KiB on both sides. Here the workers write into slots that stay mapped, and
+only the number of the slot travels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,58 +15,86 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lmscale.errors import LmscaleError
 from lmscale.objectives.base import Arrays
 
-_CARRIED_AS: dict[type[Any], type[Any]] = {np.int64: np.int32, np.float32: np.float32}
-_DELIVERED_AS = {np.int64: torch.int64, np.float32: torch.float32}
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Arrays in one buffer, behind each other.
+class Filled:
+    """A slot with a batch in it: the name, dtype, shape and place in bytes of each array."""
 
-    Attributes:
-        buffer: uint8, flat.
-        layout: for each array its name, its dtype on delivery and its shape.
-    """
-
-    buffer: torch.Tensor
-    layout: tuple[tuple[str, type[Any], tuple[int, ...]], ...]
+    slot: int
+    layout: tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]
 
 
-def pack(arrays: Arrays) -> Packed:
-    """Pack arrays of int64, whose values fit into 32 bits as token ids and positions do, and float32."""
-    pieces: list[NDArray[np.uint8]] = []
-    for array in arrays.values():
-        carried = array.astype(_CARRIED_AS[array.dtype.type], order="C", copy=False)
-        pieces.append(np.ascontiguousarray(carried).reshape(-1).view(np.uint8))
-    layout = tuple((name, array.dtype.type, array.shape) for name, array in arrays.items())
-    return Packed(torch.from_numpy(np.concatenate(pieces)), layout)
-
-
-def unpack(packed: Packed, rows_each: int, pin: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """Deliver micro batches: `rows_each` rows of every array at a time, in order.
+class Slots:
+    """Memory for a few batches, each as large as `like`.
 
     Args:
-        packed: arrays with equal first dimensions, a multiple of rows_each.
-        rows_each: rows of a micro batch.
-        pin: in pinned memory, so that the copy to a CUDA device need not be waited for.
-
-    Returns:
-        Contiguous tensors in the dtypes that were packed.
+        num_slots: batches that are on their way or being read at a time.
+        like: the arrays of a batch; none is larger.
+        shared: with worker processes.
     """
-    carried: dict[str, torch.Tensor] = {}
-    offset = 0
-    for name, dtype, shape in packed.layout:
-        kind = torch.int32 if _CARRIED_AS[dtype] is np.int32 else torch.float32
-        size = int(np.prod(shape)) * kind.itemsize
-        carried[name] = packed.buffer[offset : offset + size].view(kind).view(shape)
-        offset += size
-    dtypes = {name: _DELIVERED_AS[dtype] for name, dtype, _ in packed.layout}
-    for first in range(0, packed.layout[0][2][0], rows_each):
-        yield {
-            name: torch.empty((rows_each, *array.shape[1:]), dtype=dtypes[name], pin_memory=pin).copy_(
-                array[first : first + rows_each]
-            )
-            for name, array in carried.items()
-        }
+
+    def __init__(self, num_slots: int, like: Arrays, shared: bool):
+        memory = torch.empty((num_slots, sum(map(_place, like.values()))), dtype=torch.uint8)
+        self._memory = memory.share_memory_() if shared else memory
+        self.num_slots = num_slots
+
+    def fill(self, slot: int, arrays: Arrays) -> Filled:
+        """Copy a batch into a slot."""
+        layout, offset = [], 0
+        for name, array in arrays.items():
+            layout.append((name, array.dtype, array.shape, offset))
+            self._view(slot, array.dtype, array.shape, offset)[...] = array
+            offset += _place(array)
+        return Filled(slot, tuple(layout))
+
+    def take(self, filled: Filled, rows_each: int, pin: bool) -> Iterator[dict[str, torch.Tensor]]:
+        """Copy a batch out of its slot, as micro batches of `rows_each` rows, in order.
+
+        Args:
+            filled: arrays with equal first dimensions, a multiple of rows_each.
+            rows_each: rows of a micro batch.
+            pin: into pinned memory, so that the copy to a CUDA device need not be waited for.
+        """
+        arrays = {name: torch.from_numpy(self._view(filled.slot, *place)) for name, *place in filled.layout}
+        num_rows = len(next(iter(arrays.values())))
+        for first in range(0, num_rows, rows_each):
+            parts = {name: array[first : first + rows_each] for name, array in arrays.items()}
+            yield {
+                name: torch.empty(part.shape, dtype=part.dtype, pin_memory=pin).copy_(part)
+                for name, part in parts.items()
+            }
+
+    def _view(self, slot: int, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+        size = int(np.prod(shape)) * dtype.itemsize
+        view: NDArray[Any] = self._memory[slot].numpy()[offset : offset + size].view(dtype).reshape(shape)
+        return view
+
+
+def _place(array: NDArray[Any]) -> int:
+    """Round the bytes of an array up, so that the next one is aligned."""
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class SlotFiller:
+    """The dataset of a torch data loader: makes batches into slots.
+
+    Args:
+        make: sample numbers -> arrays.
+        slots: where to put them.
+    """
+
+    def __init__(self, make: Callable[[NDArray[np.int64]], Arrays], slots: Slots):
+        self._make, self._slots = make, slots
+
+    def __getitems__(self, message: tuple[int, Sequence[int]]) -> Filled | LmscaleError:
+        """Make a batch, or return the error: raised in a worker, it would reach the user inside a traceback."""
+        slot, indices = message
+        try:
+            return self._slots.fill(slot, self._make(np.asarray(indices, np.int64)))
+        except LmscaleError as error:
+            return error

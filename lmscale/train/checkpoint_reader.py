@@ -61,6 +61,23 @@ def find_checkpoint(checkpoints: Path) -> Path | None:
     return path
 
 
+def resolve_checkpoint(path: Path) -> Path:
+    """Take a checkpoint's directory, or the newest of a run's directory or of its checkpoints/.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError("does not exist", field="checkpoint", value=str(path))
+    for directory in (path / "checkpoints", path):
+        newest = find_checkpoint(directory)
+        if newest is not None:
+            return newest
+    if (path / "manifest.json").is_file():
+        return path
+    raise CheckpointError("holds no checkpoint", field="checkpoint", value=str(path))
+
+
 class CheckpointReader:
     """Reads logical tensors, or slices of them, from a checkpoint's directory.
 

@@ -7,6 +7,7 @@ what we rely on:
 - The engine's boundary of accumulation counts all micro steps so far: wrong once a batch ramp changes their number.
 - fp16: the optimizer unscales with the scale of after its update, so a step in which the scale doubles is halved:
   growth waits until the step is done (_DeferredGrowth).
+- ZeRO 0 copies all gradients to a flat buffer and back to reduce them, on a lone data-parallel rank too: not there.
 - A wire that changes its length needs its buffers reset.
 """
 
@@ -87,6 +88,8 @@ class Engine:
         )
         self.basic_optimizer = optimizer
         self._is_pipeline = isinstance(self.deepspeed, PipelineEngine)
+        if self.zero_stage == 0 and self.topology.dp_size == 1 and not self._is_pipeline:
+            self.deepspeed.enable_backward_allreduce = False
         self._growth = _DeferredGrowth(self.optimizer) if self.deepspeed.fp16_enabled() else None
         self._length: int | None = None
 

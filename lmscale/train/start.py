@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from lmscale.config.io import show
 from lmscale.config.run import RunConfig
-from lmscale.errors import CheckpointError
 from lmscale.feed.loader import corpus_hashes
 from lmscale.log import get_logger
 from lmscale.monitor.atomic import replaced
@@ -28,7 +27,7 @@ from lmscale.plan.devices import peak_flops_per_second
 from lmscale.plan.flops import hardware_flops_per_token, model_flops_per_token
 from lmscale.plan.params import num_parameters
 from lmscale.train.checkpoint import load_checkpoint
-from lmscale.train.checkpoint_reader import CheckpointReader, find_checkpoint
+from lmscale.train.checkpoint_reader import CheckpointReader, find_checkpoint, resolve_checkpoint
 from lmscale.train.engine import Engine
 from lmscale.train.progress import Progress
 
@@ -57,27 +56,16 @@ def begin(engine: Engine, config: RunConfig) -> Progress:
     """
     resume = config.checkpoint.resume
     newest = find_checkpoint(Path(config.output_dir) / "checkpoints") if resume == "auto" else None
-    path = newest if resume in ("auto", "never") else _checkpoint_at(Path(resume))
+    path = newest if resume in ("auto", "never") else resolve_checkpoint(Path(resume))
     if path is not None:
         progress = load_checkpoint(engine, CheckpointReader(path))
         _log.info("resumed from %s: step %d, %d tokens", path, progress.step, progress.consumed_tokens)
         return progress
     if config.model.init_from is not None:
-        source = _checkpoint_at(Path(config.model.init_from))
+        source = resolve_checkpoint(Path(config.model.init_from))
         load_checkpoint(engine, CheckpointReader(source), weights_only=True)
         _log.info("weights taken from %s", source)
     return Progress()
-
-
-def _checkpoint_at(path: Path) -> Path:
-    """Take a checkpoint's directory, or the newest of a directory of checkpoints or of a run."""
-    if (path / "manifest.json").is_file() and not (path / "checkpoints").is_dir():
-        return path
-    for candidate in (path, path / "checkpoints"):
-        newest = find_checkpoint(candidate)
-        if newest is not None:
-            return newest
-    raise CheckpointError("holds no checkpoint", field="checkpoint", value=str(path))
 
 
 def build_throughput(config: RunConfig, topology: Topology) -> Throughput:

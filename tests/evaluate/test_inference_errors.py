@@ -13,7 +13,8 @@ import torch
 
 from lmscale.errors import CheckpointError, ConfigError, DataError, LmscaleError
 from lmscale.evaluate.batches import pad_left
-from lmscale.evaluate.loading import read_config, resolve_checkpoint
+from lmscale.evaluate.loading import read_config
+from lmscale.train.checkpoint_reader import resolve_checkpoint
 from tests.data.corpora import write_corpus
 from tests.distributed.ranks import run_ranks
 from tests.evaluate.checkpoints import run_keys, write_checkpoint
