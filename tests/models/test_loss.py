@@ -1,0 +1,71 @@
+"""The loss over a split, padded vocabulary is torch's cross entropy over the true one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmscale.models import loss as loss_module
+from lmscale.models.loss import LanguageModelLoss
+from tests.distributed.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+VOCAB, PADDED, BATCH, LENGTH = 200, 256, 3, 17
+TOLERANCE = 1.0e-6
+
+
+def _example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = 5 * torch.randn(BATCH, LENGTH, PADDED, generator=generator)
+    targets = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
+    return logits, targets, (torch.rand(BATCH, LENGTH, generator=generator) > 0.3).float()
+
+
+def _loss_on_this_rank(dtype: str, chunk_bytes: int) -> tuple[float, torch.Tensor]:
+    from lmscale.parallel.topology import init_topology
+
+    world = torch.distributed.get_world_size()
+    topology = init_topology(world, 1)
+    loss_module.CHUNK_BYTES = chunk_bytes
+    context: Any = SimpleNamespace(
+        model=SimpleNamespace(vocab_size=VOCAB), groups=SimpleNamespace(tp=topology.tp_group), topology=topology
+    )
+    logits, targets, mask = _example()
+    shard = logits.chunk(world, dim=-1)[topology.tp_rank].contiguous().to(getattr(torch, dtype)).requires_grad_()
+    # What feeds the loss is the head's product, which nothing else reads: the loss may overwrite it.
+    produced = shard * 1.0
+    value = LanguageModelLoss(context)(produced, (targets, mask, torch.tensor([0.25])))
+    value.backward()
+    assert shard.grad is not None
+    return float(value), shard.grad
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("chunk_bytes", [4 * 2**20, 4096])
+def test_loss_and_gradient_equal_torch_cross_entropy(world_size: int, chunk_bytes: int) -> None:
+    logits, targets, mask = _example()
+    logits.requires_grad_()
+    each = F.cross_entropy(logits[..., :VOCAB].flatten(0, 1), targets.flatten(), reduction="none")
+    expected = 0.25 * (each * mask.flatten()).sum()
+    expected.backward()
+    expected = expected.detach()
+    results = run_ranks(world_size, _loss_on_this_rank, "float32", chunk_bytes)
+    for value, _ in results:
+        assert value == pytest.approx(expected.item(), rel=TOLERANCE)
+    gradient = torch.cat([grad for _, grad in results], dim=-1)
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=TOLERANCE)
+    assert torch.equal(gradient[..., VOCAB:], torch.zeros(BATCH, LENGTH, PADDED - VOCAB))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_half_precision_logits_are_reduced_in_fp32(world_size: int) -> None:
+    logits, targets, mask = _example()
+    rounded = logits.bfloat16().float()
+    each = F.cross_entropy(rounded[..., :VOCAB].flatten(0, 1), targets.flatten(), reduction="none")
+    results = run_ranks(world_size, _loss_on_this_rank, "bfloat16", 4096)
+    assert results[0][0] == pytest.approx(float(0.25 * (each * mask.flatten()).sum()), rel=1e-5)
