@@ -131,6 +131,7 @@ class Engine:
         set_rate(self.optimizer, lr)
         self._set_num_micro_batches(num_micro_batches)
         batches = self._weigh(micro_batches, num_micro_batches)
+        scale = self.loss_scale
         try:
             loss = self._train_pipeline(batches) if self._is_pipeline else self._train_sequential(batches)
         except Exception as error:
@@ -143,7 +144,6 @@ class Engine:
                 ) from None
             raise
         skipped = bool(getattr(self.optimizer, "overflow", False))
-        scale = self.loss_scale
         if self._growth:
             self._growth.apply()
         return StepResult(loss, self._grad_norm(skipped), scale, skipped)

@@ -66,6 +66,12 @@ BROKEN = [
     (["loss_scale.initial=16"], 1, "loss_scale: scales the loss of fp16, and precision is fp32", "precision: fp16"),
     (["precision=fp16", "loss_scale.initial=3"], 1, "loss_scale.initial = 3: must be a power of two", ""),
     (["precision=fp16", "loss_scale={initial: 2, minimum: 4}"], 1, "loss_scale.minimum = 4: must be at most", ""),
+    (
+        ["train.compile=true", "model.attention_dropout=0.1"],
+        1,
+        "model.attention_dropout = 0.1: train.compile: true needs 0.0",
+        "train.compile: false",
+    ),
     (["model.rope_theta=5"], 1, "model.rope_theta = 5.0: is read with model.position_embedding: rope only", ""),
     (
         ["model.position_embedding=rope", "model.init.position_std=1"],
