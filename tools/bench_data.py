@@ -33,12 +33,16 @@ GOAL_SAMPLES_PER_SECOND = 10_000
 GOAL_TOKENIZING_RATIO = 0.9
 
 
+COPIES = 2
+"""Of the text: workers take half a second to start, and a corpus worth tokenizing takes longer than that."""
+
+
 def write_text(path: Path) -> None:
     """Write the standard library's sources, a document a file, as JSON lines."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = [source for source in sorted(root.rglob("*.py")) if "site-packages" not in source.parts]
     with path.open("w") as file:
-        for source in sources:
+        for source in sources * COPIES:
             file.write(json.dumps({"text": source.read_text(errors="ignore")}) + "\n")
 
 

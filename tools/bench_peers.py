@@ -1,7 +1,7 @@
-"""What lmscale's training step is measured against: a plain PyTorch GPT and HF transformers' GPT-2, and lmscale's Engine
-under the same interface: `step(tokens, labels)` does forward, loss, backward, clipping and update.
+"""What lmscale's training step is measured against: a plain PyTorch GPT and HF transformers' GPT-2.
 
-All take AdamW with OPTIM's settings, no decay on biases and norms, the norm clipped at 1.0, and draw weights of the same
+They and lmscale's Engine stand under one interface: `step(tokens, labels)` does forward, loss, backward, clipping and
+update. All take AdamW with OPTIM's settings, no decay on biases and norms, the norm clipped at 1.0, and draw weights of the same
 shapes. In bf16 every one of them computes forward and backward in bf16 and updates fp32 master weights.
 """
 
@@ -113,7 +113,7 @@ class LmscaleTrainer:
     """lmscale's engine, fed one micro batch a step as the loader would."""
 
     def __init__(self, config: RunConfig, engine: Any):
-        self._engine, self._step = engine, 0
+        self.engine, self._step = engine, 0
         self._micro_batches = config.batch.global_batch_size // config.batch.micro_batch_size // engine.topology.dp_size
 
     def step(self, tokens: torch.Tensor, labels: torch.Tensor) -> float:
@@ -122,7 +122,7 @@ class LmscaleTrainer:
         mask = torch.ones(labels.shape, dtype=torch.float32)
         parts = zip(*(x.chunk(self._micro_batches) for x in (tokens.cpu(), labels.cpu(), mask)), strict=True)
         batches = [{"tokens": t, "labels": y, "loss_mask": m} for t, y, m in parts]
-        return self._engine.train_step(batches, self._micro_batches, self._step, LR).loss.item()
+        return self.engine.train_step(batches, self._micro_batches, self._step, LR).loss.item()
 
 
 def plain_trainer(model: ModelConfig, precision: str, device: torch.device, compile: bool = False) -> TorchTrainer:
@@ -190,4 +190,3 @@ def _draw(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
-

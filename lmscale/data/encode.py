@@ -16,18 +16,20 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.config.data import TokenizerConfig
 from lmscale.data.corpus import Record, Skipped, SkipReport, expand_inputs, parse_record, read_records
 from lmscale.data.index_file import dtype_for
 from lmscale.data.manifest import Manifest
-from lmscale.data.tokenizer import Tokenizer, load_tokenizer
+from lmscale.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from lmscale.data.writer import CorpusWriter
 from lmscale.errors import DataError, RunError
+
+if TYPE_CHECKING:
+    from lmscale.config.data import TokenizerConfig
 
 _CHUNK_BYTES = 1 << 17
 _CHUNK_RECORDS = 4096
@@ -167,7 +169,7 @@ def _mapper(workers: int, encoder: _Encoder, config: TokenizerConfig) -> Iterato
         workers - 1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(config, encoder.json_key, encoder.end_id),
+        initargs=(config.type, config.path, encoder.json_key, encoder.end_id),
     )
     try:
         yield lambda chunks: _shared(pool, encoder, chunks, (workers - 1) * _CHUNKS_AHEAD)
@@ -203,12 +205,12 @@ def _shared(
 _worker_encoder: _Encoder
 
 
-def _start_worker(config: TokenizerConfig, json_key: str, end_id: int | None) -> None:
+def _start_worker(kind: str, path: str, json_key: str, end_id: int | None) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and die with it."""
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_encoder = _Encoder(load_tokenizer(config), json_key, end_id)
+    _worker_encoder = _Encoder(open_tokenizer(kind, path), json_key, end_id)
 
 
 def _exit_with_parent() -> None:

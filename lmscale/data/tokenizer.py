@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lmscale.config.data import TokenizerConfig
 from lmscale.errors import DataError
+
+if TYPE_CHECKING:
+    from lmscale.config.data import TokenizerConfig
 
 MODEL_FILE = "tokenizer.model"
 NUM_SENTINELS = 100
@@ -189,7 +191,12 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     Raises:
         DataError: if there is none at its path.
     """
-    return HfTokenizer(config.path) if config.type == "hf" else SentencePieceTokenizer(config.path)
+    return open_tokenizer(config.type, config.path)
+
+
+def open_tokenizer(kind: str, path: str) -> Tokenizer:
+    """Do as `load_tokenizer` does, without a config: pydantic would double the time that a worker takes to start."""
+    return HfTokenizer(path) if kind == "hf" else SentencePieceTokenizer(path)
 
 
 def tokenizer_hash(config: TokenizerConfig) -> str:

@@ -55,9 +55,7 @@ def zero_bytes(num_parameters: int, dp_size: int, stage: int, precision: str) ->
     summed_width = 2 if precision == "fp16" else 4
     shard = num_parameters / dp_size
     parameters = width * (shard if stage == 3 else num_parameters)
-    if stage >= 2:
-        gradients = summed_width * shard
-    else:
-        gradients = (6 if precision == "bf16" else width) * num_parameters
+    whole_gradients = (6 if precision == "bf16" else width) * num_parameters
+    gradients = summed_width * shard if stage >= 2 else whole_gradients
     optimizer = 12 * shard if stage else 8 * num_parameters
     return StateBytes(round(parameters), round(gradients), round(optimizer))

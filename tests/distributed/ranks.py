@@ -20,11 +20,13 @@ _jobs: dict[int, int] = {}
 
 
 def run_ranks(world_size: int, function: Any, *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
-    """Run a module-level function on `world_size` ranks, on CPU over gloo, and return the results by rank."""
+    """Run a module-level function on `world_size` ranks, on CPU over gloo, and return the results by rank.
+
+    One pool lives at a time: the gloo threads of idle ranks take a fifth of a core for each rank.
+    """
     pool = _pools.get(world_size)
-    if pool is not None and _jobs[world_size] == JOBS_A_POOL:
-        pool.close()
-    if pool is None or pool.is_closed:
+    if pool is None or pool.is_closed or _jobs[world_size] == JOBS_A_POOL:
+        close_pools()
         pool = _pools[world_size] = RankPool(world_size)
         _jobs[world_size] = 0
     _jobs[world_size] += 1

@@ -32,46 +32,56 @@ HALF_NORM_TOLERANCE = {"bf16": 2.0e-2, "fp16": 3.0e-3}
 """Relative, gradient norms against fp32: gradients are rounded as well as what they are computed from."""
 
 
-def layout(ranks: int, stage: int = 0, **parallel: Any) -> Any:
-    """Name a layout after its parts, for pytest."""
+def layout(ranks: int, stage: int = 0, *, slow: bool = False, **parallel: Any) -> Any:
+    """Name a layout after its parts, for pytest. `make test` runs a pairwise cover of the axes, `make test-all` all."""
     changes = {f"parallel__{key}": value for key, value in parallel.items()}
     name = "-".join([f"{ranks}ranks", *(f"{key}={value}" for key, value in parallel.items()), f"zero{stage}"])
-    return pytest.param(ranks, {**changes, "deepspeed__zero_optimization__stage": stage}, id=name)
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(ranks, {**changes, "deepspeed__zero_optimization__stage": stage}, id=name, marks=marks)
 
 
 SP = {"sequence_parallel": True}
 LAYOUTS = [
     *(layout(1, stage) for stage in (1, 2, 3)),
     *(layout(2, stage) for stage in (0, 1, 2, 3)),
-    *(layout(2, stage, tp_size=2) for stage in (0, 1, 2, 3)),
-    *(layout(2, stage, tp_size=2, **SP) for stage in (0, 1, 2, 3)),
+    *(layout(2, stage, tp_size=2, slow=stage in (0, 3)) for stage in (0, 1, 2, 3)),
+    *(layout(2, stage, tp_size=2, slow=stage == 1, **SP) for stage in (0, 1, 2, 3)),
     *(layout(2, stage, pp_size=2) for stage in (0, 1)),
-    *(layout(4, stage, tp_size=2) for stage in (0, 1, 2, 3)),
-    *(layout(4, stage, pp_size=2) for stage in (0, 1)),
-    *(layout(4, stage, tp_size=2, pp_size=2) for stage in (0, 1)),
+    *(layout(4, stage, tp_size=2, slow=stage in (1, 2)) for stage in (0, 1, 2, 3)),
+    *(layout(4, stage, pp_size=2, slow=stage == 1) for stage in (0, 1)),
+    *(layout(4, stage, tp_size=2, pp_size=2, slow=stage == 1) for stage in (0, 1)),
     layout(4, 1, tp_size=2, pp_size=2, **SP),
-    layout(4, 1, pp_size=4),
-    layout(4, 1, tp_size=4, **SP),
-    *(layout(1, stage, recompute=recompute) for recompute in ("selective", "full") for stage in (0, 3)),
-    *(layout(2, 1, pp_size=2, recompute=recompute) for recompute in ("selective", "full")),
-    *(layout(2, 2, tp_size=2, recompute=recompute, **SP) for recompute in ("selective", "full")),
+    layout(4, 1, pp_size=4, slow=True),
+    layout(4, 1, tp_size=4, slow=True, **SP),
+    layout(1, 0, recompute="selective"),
+    layout(1, 0, recompute="full", slow=True),
+    layout(1, 3, recompute="selective", slow=True),
+    layout(1, 3, recompute="full"),
+    *(
+        layout(2, 1, pp_size=2, recompute=recompute, slow=recompute == "selective")
+        for recompute in ("selective", "full")
+    ),
+    *(
+        layout(2, 2, tp_size=2, recompute=recompute, slow=recompute == "full", **SP)
+        for recompute in ("selective", "full")
+    ),
 ]
 PAIRWISE = [
-    layout(1, 3, recompute="full"),
-    layout(2, 1, pp_size=2),
-    layout(2, 0, pp_size=2),
-    layout(2, 2, tp_size=2, **SP),
-    layout(2, 3),
-    layout(4, 1, tp_size=2, pp_size=2, recompute="selective", **SP),
-    layout(4, 3, tp_size=2, recompute="full"),
+    (1, 3, {"recompute": "full"}),
+    (2, 1, {"pp_size": 2}),
+    (2, 0, {"pp_size": 2}),
+    (2, 2, {"tp_size": 2, **SP}),
+    (2, 3, {}),
+    (4, 1, {"tp_size": 2, "pp_size": 2, "recompute": "selective", **SP}),
+    (4, 3, {"tp_size": 2, "recompute": "full"}),
 ]
 HALF = [
     layout(1, 2),
     layout(2, 3),
     layout(2, 1, tp_size=2, **SP),
     layout(2, 1, pp_size=2),
-    layout(4, 1, tp_size=2, pp_size=2),
-    layout(4, 2, tp_size=2, recompute="full"),
+    layout(4, 1, tp_size=2, pp_size=2, slow=True),
+    layout(4, 2, tp_size=2, recompute="full", slow=True),
 ]
 VARIANTS: dict[str, Keys] = {
     "gpt": {},
@@ -79,6 +89,18 @@ VARIANTS: dict[str, Keys] = {
     "isolated": {"data__reset_attention_mask": True},
     "isolated-llama": {"model": dict(LLAMA), "data__reset_attention_mask": True},
 }
+QUICK_VARIANTS = {"llama": (1, 3, 5), "isolated": (0, 2, 5), "isolated-llama": (1, 4, 6)}
+"""Which of PAIRWISE `make test` runs for each variant."""
+VARIANT_LAYOUTS = [
+    pytest.param(
+        variant,
+        *layout(ranks, stage, **parallel).values,
+        id=f"{variant}-{number}",
+        marks=[] if number in quick else [pytest.mark.slow],
+    )
+    for variant, quick in QUICK_VARIANTS.items()
+    for number, (ranks, stage, parallel) in enumerate(PAIRWISE)
+]
 
 
 class References:
@@ -116,10 +138,9 @@ def test_gpt_trains_alike_on_every_layout(
     assert_same(run, references.get("gpt")[1])
 
 
-@pytest.mark.parametrize("variant", ["llama", "isolated", "isolated-llama"])
-@pytest.mark.parametrize(("ranks", "changes"), PAIRWISE)
+@pytest.mark.parametrize(("variant", "ranks", "changes"), VARIANT_LAYOUTS)
 def test_variants_train_alike_on_a_pairwise_cover(
-    ranks: int, changes: Keys, variant: str, corpus: str, tmp_path: Path, references: References
+    variant: str, ranks: int, changes: Keys, corpus: str, tmp_path: Path, references: References
 ) -> None:
     run = pretrain_on_ranks(ranks, run_keys(corpus, tmp_path, **VARIANTS[variant], **changes))
     assert_same(run, references.get(variant, **VARIANTS[variant])[1])

@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.distributed.runs import LLAMA, largest_difference, losses, norms, pretrain_on_ranks, run_keys, write_corpus
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import LLAMA, largest_difference, losses, norms, pretrain_on_ranks, run_keys
 
 pytestmark = pytest.mark.distributed
 
 COMPILED_TOLERANCE = 1.0e-5
 BF16_COMPILED_TOLERANCE = 1.0e-3
 """Fused kernels keep intermediate values in fp32 that the others round to bf16."""
+
+
+def num_graphs() -> int:
+    """Count the graphs that this rank has compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 @pytest.mark.parametrize(
@@ -27,14 +34,19 @@ BF16_COMPILED_TOLERANCE = 1.0e-3
     ],
     ids=["gpt", "llama-isolated-documents", "recompute-full", "bf16"],
 )
-def test_compiled_layers_follow_the_uncompiled(changes: dict[str, Any], tolerance: float, tmp_path: Path) -> None:
-    prefix = tmp_path / "corpus"
-    write_corpus(prefix, np.random.default_rng(0), 6_000)
+def test_compiled_layers_follow_the_uncompiled(
+    changes: dict[str, Any], tolerance: float, corpus: str, tmp_path: Path
+) -> None:
     length = {"train__train_tokens": 8 * 32 * 3}
-    runs = [
-        pretrain_on_ranks(1, run_keys(str(prefix), tmp_path / name, train__compile=compiled, **length, **changes))
-        for name, compiled in (("compiled", True), ("eager", False))
-    ]
-    assert largest_difference(losses(runs[0]), losses(runs[1])) < tolerance
+
+    def train(name: str, compiled: bool) -> list[dict[str, Any]]:
+        return pretrain_on_ranks(1, run_keys(corpus, tmp_path / name, train__compile=compiled, **length, **changes))
+
+    (before,) = run_ranks(1, num_graphs)
+    compiled = train("compiled", True)
+    (after,) = run_ranks(1, num_graphs)
+    assert after > before
+    eager = train("eager", False)
+    assert largest_difference(losses(compiled), losses(eager)) < tolerance
     if tolerance == COMPILED_TOLERANCE:
-        assert largest_difference(norms(runs[0]), norms(runs[1])) < tolerance
+        assert largest_difference(norms(compiled), norms(eager)) < tolerance

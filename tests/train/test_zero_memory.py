@@ -70,7 +70,17 @@ def held_bytes(stage: int, precision: str) -> tuple[int, StateBytes, StateBytes]
 
 @pytest.mark.parametrize(
     ("stage", "precision"),
-    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (1, "fp16"), (3, "fp16")],
+    [
+        (0, "fp32"),
+        (1, "fp32"),
+        (2, "fp32"),
+        (3, "fp32"),
+        (1, "bf16"),
+        (2, "bf16"),
+        (3, "bf16"),
+        (1, "fp16"),
+        (3, "fp16"),
+    ],
 )
 def test_each_rank_holds_what_the_formula_says(stage: int, precision: str) -> None:
     expected = zero_bytes(NUM_PARAMETERS, RANKS, stage, precision)
