@@ -18,10 +18,14 @@ with warnings.catch_warnings():
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.distributed.runs import write_corpus
 
 torch.set_num_threads(1)
+# Tests share their CPUs with others; how long an example takes says nothing.
+settings.register_profile("lmscale", deadline=None)
+settings.load_profile("lmscale")
 
 
 @pytest.fixture(scope="session")

@@ -157,7 +157,7 @@ def zero_memory() -> list[Sheet]:
         cells, worst = [], 0.0
         for part in ("parameters", "gradients", "optimizer"):
             expected = getattr(formula, part)
-            held = [getattr(after if part == "optimizer" else between, part) for between, after in looks]
+            held = [getattr(between if part == "gradients" else after, part) for between, after in looks]
             furthest = max(held, key=lambda value, expected=expected: abs(value - expected))
             worst = max(worst, abs(furthest / expected - 1))
             cells.append(f"{furthest / 2**20:.1f} ({expected / 2**20:.1f})")

@@ -91,7 +91,9 @@ def main() -> int:
     held_out, unigram = _last(metrics, f"valid/{VALID_NAME}/lm_loss"), unigram_entropy()
     learned = held_out <= LARGEST_SHARE_OF_UNIGRAM * unigram
     checkpoint = max((RUN_DIR / "checkpoints").glob("step-*"))
-    work.sample = work.lmscale("generate", str(checkpoint), "--prompt", PROMPT, "--seed", "1", capture=True)
+    work.sample = work.lmscale(
+        "generate", str(checkpoint), "--prompt", PROMPT, "--temperature", "0.8", "--seed", "1", capture=True
+    )
     console.print(escape(work.sample))
 
     work.figures |= {

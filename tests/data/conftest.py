@@ -4,15 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from lmscale.data.tokenizer import SentencePieceTokenizer
 from lmscale.data.tokenizer_training import train_tokenizer
 from tests.data.corpora import TEXTS
-
-# Tests share their CPUs with others; how long an example takes says nothing.
-settings.register_profile("lmscale", deadline=None)
-settings.load_profile("lmscale")
 
 
 @pytest.fixture(scope="session")
