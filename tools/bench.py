@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from bench_sheet import Sheet
@@ -50,7 +50,7 @@ with AVX-512 or AMX, and on a GPU, lmscale calls the same kernels as they do.
 """
 
 
-def start() -> list[Sheet]:
+def start() -> Iterator[Sheet]:
     """Time `lmscale --help` and the refusal of a wrong config."""
     program = str(Path(sys.executable).parent / "lmscale")
     sheet = Sheet(
@@ -74,7 +74,7 @@ def start() -> list[Sheet]:
                     raise SystemExit(f"lmscale {arguments[0]}: status {done.returncode}\n{done.stderr.decode()}")
             shown = "lmscale --help" if status == 0 else "lmscale train, a wrong config refused"
             sheet.row(shown, f"{statistics.median(taken):.2f}", f"<= {goal}")
-    return [sheet]
+    yield sheet
 
 
 def data() -> str:
@@ -121,7 +121,7 @@ def main() -> int:
     from lmscale.parallel.device import multiplies_slowly
 
     console = Console()
-    measured: dict[str, Callable[[], list[Sheet]]] = {
+    measured: dict[str, Callable[[], Iterable[Sheet]]] = {
         "step": lambda: bench_train.one_process(options.seconds),
         "ranks": lambda: bench_train.two_ranks(options.seconds),
         "memory": bench_train.zero_memory,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-WARM_UP = 2
+WARM_UP = 1
 LEAST_ROUNDS = 5
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench_race import Contender, collect, median_ratio, race
@@ -89,9 +89,8 @@ def state_of(precision: str, stage: int) -> tuple[StateBytes, StateBytes]:
 # --- what is measured ---
 
 
-def one_process(seconds: float) -> list[Sheet]:
+def one_process(seconds: float) -> Iterator[Sheet]:
     """Race lmscale's engine against its peers on one process of two threads."""
-    sheets = []
     for precision, stage in (("fp32", 0), ("bf16", 1)):
         size = (SMALL, precision, stage, SEQ_LENGTH, BATCH)
         names = {
@@ -112,11 +111,10 @@ def one_process(seconds: float) -> list[Sheet]:
         for name, taken in times.items():
             goal = f"<= {GOAL_OF_PEER}" if name == OUR_NAME else ""
             sheet.row(name, f"{1e3 * statistics.median(taken):,.0f}", f"{median_ratio(taken, times[faster]):.3f}", goal)
-        sheets.append(sheet)
-    return sheets
+        yield sheet
 
 
-def two_ranks(seconds: float) -> list[Sheet]:
+def two_ranks(seconds: float) -> Iterator[Sheet]:
     """Race two data-parallel ranks of one thread against one process of two threads, on the same global batch."""
     size = (SEQ_LENGTH, BATCH)
     one = "one process, two threads, ZeRO 0"
@@ -135,10 +133,10 @@ def two_ranks(seconds: float) -> list[Sheet]:
         rate = BATCH * SEQ_LENGTH / statistics.median(taken)
         goal = f">= {GOAL_OF_RANKS}" if name == "two ranks, ZeRO 0" else ""
         sheet.row(name, f"{rate:,.0f}", f"{1 / median_ratio(taken, times[one]):.2f}", goal)
-    return [sheet]
+    yield sheet
 
 
-def zero_memory() -> list[Sheet]:
+def zero_memory() -> Iterator[Sheet]:
     """Set the bytes that each of two ranks holds beside the formula's."""
     ranks = 2
     num_parameters = sum(parameter_table(SMALL, padded=True).values())
@@ -162,16 +160,17 @@ def zero_memory() -> list[Sheet]:
             worst = max(worst, abs(furthest / expected - 1))
             cells.append(f"{furthest / 2**20:.1f} ({expected / 2**20:.1f})")
         sheet.row(f"{precision}, ZeRO {stage}", *cells, f"{100 * worst:.2f} %", f"<= {100 * GOAL_OF_MEMORY:.0f} %")
-    return [sheet]
+    yield sheet
 
 
-def gpu(seconds: float) -> list[Sheet]:
+def gpu(seconds: float) -> Iterator[Sheet]:
     """Time GPT-3's sizes on one GPU, each contender alone on it."""
     import torch
 
     device = torch.cuda.get_device_name()
     peak = peak_flops_per_second(device, "bf16")
-    return [gpu_sheet(name, micro_batches, device, peak, seconds) for name, micro_batches in GPU_MODELS.items()]
+    for name, micro_batches in GPU_MODELS.items():
+        yield gpu_sheet(name, micro_batches, device, peak, seconds)
 
 
 def gpu_sheet(
