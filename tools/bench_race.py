@@ -19,7 +19,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 WARM_UP = 1
-LEAST_ROUNDS = 5
+ROUNDS, LEAST_ROUNDS = 5, 3
+"""Rounds of a race at least, and of one that has taken PATIENCE times as long as it was given."""
+PATIENCE = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Contender:
 
 
 def race(contenders: list[Contender], seconds: float) -> dict[str, list[float]]:
-    """Time the contenders' steps, for about `seconds` and at least LEAST_ROUNDS rounds.
+    """Time the contenders' steps, for about `seconds`.
 
     Returns:
         Seconds of each step by contender, in the order of the rounds.
@@ -48,10 +50,11 @@ def race(contenders: list[Contender], seconds: float) -> dict[str, list[float]]:
             for world in worlds.values():
                 world.step()
         times: dict[str, list[float]] = {name: [] for name in worlds}
-        started = time.monotonic()
-        while len(times[contenders[0].name]) < LEAST_ROUNDS or time.monotonic() - started < seconds:
+        started, rounds, taken = time.monotonic(), 0, 0.0
+        while rounds < LEAST_ROUNDS or taken < seconds or (rounds < ROUNDS and taken < PATIENCE * seconds):
             for name, world in worlds.items():
                 times[name].append(world.step())
+            rounds, taken = rounds + 1, time.monotonic() - started
     return times
 
 

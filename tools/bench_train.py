@@ -99,8 +99,10 @@ def one_process(seconds: float) -> Iterator[Sheet]:
             "plain PyTorch GPT": ("plain", *size),
             "transformers GPT-2": ("hf", *size),
         }
+        peers = ["plain PyTorch GPT", "transformers GPT-2"]
+        if precision != "fp32":
+            names["plain PyTorch GPT in fp32"] = ("plain", SMALL, "fp32", 0, SEQ_LENGTH, BATCH)
         times = race([Contender(name, steps_of, arguments) for name, arguments in names.items()], seconds)
-        peers = [name for name in times if not name.startswith(OUR_NAME)]
         faster = min(peers, key=lambda name: statistics.median(times[name]))
         sheet = Sheet(
             f"Training step, one process of two threads, {precision}, ZeRO {stage}",
