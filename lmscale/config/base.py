@@ -24,7 +24,9 @@ class Section(BaseModel):
 
 
 def branches(annotation: Any) -> list[Any]:
-    """List the members of a union or list annotation, nested ones included."""
+    """List the members of a union, list or Annotated annotation, nested ones included."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return branches(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         return [branch for arg in typing.get_args(annotation) for branch in branches(arg)]
     return [annotation]

@@ -48,7 +48,10 @@ class DataConfig(Section):
     """Shares of train, valid and test in each training source, by documents; the parts do not overlap. With `valid`
     given, "1,0,0" trains on everything."""
     seq_length: int = Field(gt=0)
-    """Tokens of a sample that the model sees; a window holds one more, for the last label."""
+    """Tokens of a sample that the model sees: the encoder, for bart and t5."""
+    decoder_seq_length: int | None = Field(None, gt=0)
+    """Tokens of a sample that the decoder of bart or t5 sees; left out, seq_length for bart, and for t5 what the noise
+    leaves for it (114 of 512)."""
     reset_attention_mask: bool = False
     """Isolate packed documents: attention stays inside a document, positions restart, and the first token of the next
     document is not a label."""

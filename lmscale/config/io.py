@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lmscale.config.base import Section, branches
-from lmscale.config.presets import preset
+from lmscale.config.objective import OBJECTIVE_OF
+from lmscale.config.presets import with_defaults
 from lmscale.config.run import RunConfig
 from lmscale.config.validation import config_error
 from lmscale.errors import ConfigError
@@ -39,12 +40,21 @@ def parse_run(keys: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).split("\n")[0], field="config") from None
     model = resolved.get("model")
-    if isinstance(model, dict) and isinstance(model.get("preset"), str):
-        resolved["model"] = {**preset(model["preset"]), **model}
+    if isinstance(model, dict):
+        resolved["model"] = with_defaults(model)
+        resolved["objective"] = _objective(resolved.get("objective"), resolved["model"])
     try:
         return RunConfig.model_validate(resolved)
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
+
+
+def _objective(given: Any, model: dict[str, Any]) -> Any:
+    """Name the architecture's objective where the config names none."""
+    if given is not None and not isinstance(given, dict):
+        return given
+    name = OBJECTIVE_OF.get(str(model.get("architecture", "gpt")), "causal_lm")
+    return {"name": name, **(given or {})}
 
 
 def show(config: Section) -> str:
@@ -63,7 +73,11 @@ def documentation(section: type[Section] = RunConfig, prefix: str = "") -> Itera
         key = prefix + name
         if nested:
             yield key, "section" if "list" not in str(field.annotation) else "list", "", _one_line(field.description)
-            yield from documentation(nested[0], key + ("[]." if "list" in str(field.annotation) else "."))
+            separator = "[]." if "list" in str(field.annotation) else "."
+            for branch in nested:
+                kind = f"{branch.model_fields['name'].default}. " if len(nested) > 1 else ""
+                for row in documentation(branch, key + separator):
+                    yield *row[:3], kind + row[3]
             continue
         default = "required" if field.default is PydanticUndefined else repr(field.default)
         yield key, _type_name(field.annotation), default, _one_line(field.description)

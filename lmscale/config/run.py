@@ -9,8 +9,17 @@ from typing import Any, Literal
 from lmscale.config.base import Section
 from lmscale.config.data import DataConfig, TokenizerConfig
 from lmscale.config.layouts import Layout, check_layout
+from lmscale.config.lengths import SampleLengths, sample_lengths
 from lmscale.config.model import ModelConfig
-from lmscale.config.objective import ObjectiveConfig
+from lmscale.config.objective import (
+    OBJECTIVE_OF,
+    BartConfig,
+    BertConfig,
+    CausalLMConfig,
+    ObjectiveConfig,
+    RobertaConfig,
+    T5Config,
+)
 from lmscale.config.optim import BatchConfig, LossScaleConfig, OptimConfig
 from lmscale.config.parallel import ParallelConfig
 from lmscale.config.train import CheckpointConfig, MonitorConfig, TrainConfig
@@ -26,8 +35,8 @@ class RunConfig(Section):
     """The tokenizer that made the corpora; needed to generate text from the checkpoint."""
     data: DataConfig
     """Corpora and samples."""
-    objective: ObjectiveConfig = ObjectiveConfig()
-    """What the model is trained to predict."""
+    objective: ObjectiveConfig = CausalLMConfig()
+    """What the model is trained to predict; left out, its architecture's own objective."""
     parallel: ParallelConfig = ParallelConfig()
     """The layout over the ranks."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp32"
@@ -48,6 +57,11 @@ class RunConfig(Section):
     """A DeepSpeed JSON file (ds_configs/) or the same keys here: ZeRO stage, offload, communication."""
     output_dir: str
     """The run's directory."""
+
+    @property
+    def lengths(self) -> SampleLengths:
+        """Lengths of the samples."""
+        return sample_lengths(self.data, self.objective)
 
 
 class ZeroChoice(Section):
@@ -156,6 +170,7 @@ def _tensor_parallel_divides(config: RunConfig) -> None:
         raise ConfigError(rule, field="parallel.tp_size", value=tp_size, remedy="use a power of two")
     if config.parallel.sequence_parallel:
         _check_divides("data.seq_length", config.data.seq_length, tp_size, name)
+        _check_divides("data.decoder_seq_length", config.lengths.decoder, tp_size, name)
 
 
 def _pipeline_divides(config: RunConfig) -> None:
@@ -168,12 +183,96 @@ def _pipeline_divides(config: RunConfig) -> None:
 
 
 def _sequence_fits_positions(config: RunConfig) -> None:
-    if config.data.seq_length > config.model.max_position_embeddings:
+    lengths = config.lengths
+    if config.model.position_embedding == "relative":
+        return
+    for field, length in (("data.seq_length", lengths.encoder), ("data.decoder_seq_length", lengths.decoder)):
+        if length > config.model.max_position_embeddings:
+            raise ConfigError(
+                f"must be at most model.max_position_embeddings = {config.model.max_position_embeddings}",
+                field=field,
+                value=length,
+                remedy="shorten the sequence or enlarge the position table",
+            )
+
+
+def _objective_fits_architecture(config: RunConfig) -> None:
+    architecture, objective = config.model.architecture, config.objective.name
+    wanted = OBJECTIVE_OF[architecture]
+    if objective != wanted:
         raise ConfigError(
-            f"must be at most model.max_position_embeddings = {config.model.max_position_embeddings}",
-            field="data.seq_length",
-            value=config.data.seq_length,
-            remedy="shorten the sequence or enlarge the position table",
+            f"model.architecture: {architecture} is trained by {wanted}", field="objective.name", value=objective
+        )
+    if config.data.decoder_seq_length is not None and not config.model.has_decoder_stack:
+        raise ConfigError(
+            f"is read by bart and t5 only, and model.architecture is {architecture}",
+            field="data.decoder_seq_length",
+            value=config.data.decoder_seq_length,
+            remedy="leave it out",
+        )
+    if config.data.reset_attention_mask and architecture != "gpt":
+        raise ConfigError(
+            f"is read by gpt only, and model.architecture is {architecture}",
+            field="data.reset_attention_mask",
+            value=True,
+            remedy="leave it out",
+        )
+    if config.objective.name != "causal_lm" and config.tokenizer is None:
+        raise ConfigError(
+            f"is required by objective {objective}, for its special ids", field="tokenizer", remedy="add the section"
+        )
+
+
+def _architecture_is_built(config: RunConfig) -> None:
+    """Refuse choices that no model of the architecture has."""
+    model = config.model
+    encodes = model.architecture != "gpt"
+    for field, is_wrong, rule in (
+        ("position_embedding", model.position_embedding == "rope" and encodes, "rope is built for gpt only"),
+        (
+            "position_embedding",
+            (model.position_embedding == "relative") != (model.architecture == "t5"),
+            "t5 is built with relative positions, and nothing else is",
+        ),
+        ("token_types", model.token_types > 0 and not model.is_encoder_only, "is read by bert and roberta only"),
+        ("next_sentence_head", model.next_sentence_head and model.architecture != "bert", "is read by bert only"),
+        ("tied_head", not model.tied_head and model.architecture in ("bert", "roberta", "bart"), "must be true"),
+        ("scaled_logits", model.scaled_logits and not model.tied_head, "is read with tied_head: true only"),
+        ("num_query_groups", model.query_groups != model.num_attention_heads and encodes, "is read by gpt only"),
+    ):
+        if is_wrong:
+            raise ConfigError(rule, field=f"model.{field}", value=getattr(model, field))
+    if model.architecture == "bert" and model.token_types < 2:
+        raise ConfigError("bert has two segments", field="model.token_types", value=model.token_types)
+
+
+def _objective_options_are_read(config: RunConfig) -> None:
+    objective = config.objective
+    unread: list[tuple[str, str]] = []
+    if isinstance(objective, T5Config):
+        if objective.noise != "spans":
+            unread.append(("mean_span", "objective.noise: spans"))
+        if objective.noise != "bert":
+            unread.append(("random_share", "objective.noise: bert"))
+        if objective.noise in ("prefix_lm", "deshuffle"):
+            unread.append(("density", "objective.noise: spans, iid or bert"))
+    if isinstance(objective, BartConfig):
+        if objective.masking != "spans" or objective.preset is not None:
+            unread.append(("span_lambda", "objective.masking: spans and without objective.preset"))
+        if objective.preset is not None:
+            unread.append(("random_share", "no objective.preset"))
+        if objective.permuted_share == 0:
+            unread.append(("full_stop", "objective.permuted_share above 0"))
+    for key, reader in unread:
+        if getattr(objective, key) != type(objective).model_fields[key].default:
+            raise ConfigError(f"is read with {reader} only", field=f"objective.{key}", value=getattr(objective, key))
+    if isinstance(objective, RobertaConfig) and objective.kept_share + objective.random_share > 1:
+        raise ConfigError(
+            "kept_share and random_share sum to more than 1", field="objective.kept_share", value=objective.kept_share
+        )
+    if isinstance(objective, BertConfig) and config.lengths.labels > config.data.seq_length:
+        raise ConfigError(
+            "must be at most data.seq_length", field="objective.max_predictions", value=config.lengths.labels
         )
 
 
@@ -232,6 +331,16 @@ def _options_are_read(config: RunConfig) -> None:
         raise ConfigError(
             "is read with model.position_embedding: rope only", field="model.rope_theta", value=model.rope_theta
         )
+    for key in ("relative_buckets", "relative_max_distance"):
+        value = getattr(model, key)
+        if model.position_embedding != "relative" and value != ModelConfig.model_fields[key].default:
+            raise ConfigError("is read with model.position_embedding: relative only", field=f"model.{key}", value=value)
+    if model.position_embedding != "learned" and model.position_offset:
+        raise ConfigError(
+            "is read with model.position_embedding: learned only",
+            field="model.position_offset",
+            value=model.position_offset,
+        )
     if model.position_embedding != "learned" and model.init.position_std is not None:
         raise ConfigError(
             "is read with model.position_embedding: learned only",
@@ -245,6 +354,7 @@ def _compiled_layers_draw_nothing(config: RunConfig) -> None:
     for field, probability in (
         ("model.hidden_dropout", model.hidden_dropout),
         ("model.attention_dropout", model.attention_dropout),
+        ("model.ffn_dropout", model.ffn_dropout),
     ):
         if config.train.compile and probability:
             raise ConfigError(
@@ -288,6 +398,9 @@ def split_shares(split: str) -> tuple[float, float, float]:
 
 
 CROSS_SECTION_RULES: tuple[Callable[[RunConfig], None], ...] = (
+    _objective_fits_architecture,
+    _architecture_is_built,
+    _objective_options_are_read,
     _heads_divide_hidden,
     _query_groups_divide_heads,
     _tensor_parallel_divides,

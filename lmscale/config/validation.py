@@ -27,9 +27,16 @@ def config_error(error: ValidationError, model: type[BaseModel], prefix: str = "
     findings = error.errors()
     finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
     path = [part for part in finding["loc"] if not _is_union_tag(part)]
-    field = prefix + ".".join(str(part) for part in path)
+    if finding["type"].startswith("union_tag"):
+        names = [name.strip().strip("'") for name in str(finding["ctx"].get("expected_tags", "")).split(",")]
+        value = finding["ctx"].get("tag")
+        return ConfigError(
+            "is not one of its kinds", field=prefix + f"{path[-1]}.name", value=value, remedy=nearest(str(value), names)
+        )
+    shown, section = _walk(model, path)
+    field = prefix + ".".join(shown)
     if finding["type"] == "extra_forbidden":
-        return ConfigError("unknown key", field=field, remedy=nearest(str(path[-1]), _fields_at(model, path[:-1])))
+        return ConfigError("unknown key", field=field, remedy=nearest(shown[-1], section.model_fields))
     if finding["type"] == "missing":
         return ConfigError("is required and missing", field=field, remedy="add it to the config or as key=value")
     if finding["type"] in {"model_type", "dict_type"}:
@@ -44,12 +51,27 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and (part in {"str", "int", "float"} or "[" in part)
 
 
-def _fields_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+def _walk(model: type[BaseModel], path: list[Any]) -> tuple[list[str], type[BaseModel]]:
+    """Follow a finding's path to the section that it ends in; return the path as users write it, and that section.
+
+    Where a section is of one of several kinds, pydantic's path names the kind too.
+    """
+    shown: list[str] = []
+    kinds: dict[str, type[BaseModel]] = {}
     for part in path:
-        if isinstance(part, int):
+        if part in kinds and len(kinds) > 1:
+            model, kinds = kinds[part], {}
             continue
-        annotation = model.model_fields[part].annotation
-        model = next(
-            branch for branch in branches(annotation) if isinstance(branch, type) and issubclass(branch, BaseModel)
+        shown.append(str(part))
+        if part not in model.model_fields:
+            continue
+        sections = [
+            branch
+            for branch in branches(model.model_fields[part].annotation)
+            if isinstance(branch, type) and issubclass(branch, BaseModel)
+        ]
+        kinds = (
+            {str(section.model_fields["name"].default): section for section in sections} if len(sections) > 1 else {}
         )
-    return list(model.model_fields)
+        model = sections[0] if sections else model
+    return shown, model

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.data.draws import mix
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.errors import DataError
 
@@ -133,7 +134,7 @@ def epoch_order(
     width = math.isqrt(size - 1) + 1 if size > 1 else 1
     height = -(-size // width)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        key = _mix(_mix(_mix(np.uint64(seed)) + np.uint64(source)) + np.asarray(epoch, np.uint64))
+        key = mix(mix(mix(np.uint64(seed)) + np.uint64(source)) + np.asarray(epoch, np.uint64))
         keys = np.broadcast_to(key, index.shape)
         order = _permute(index.astype(np.uint64), keys, width, height)
         while (outside := order >= size).any():
@@ -145,14 +146,6 @@ def _permute(value: NDArray[np.uint64], keys: NDArray[np.uint64], width: int, he
     a, b = np.uint64(width), np.uint64(height)
     left, right = value % a, value // a
     for number in range(0, _ROUNDS, 2):
-        left = (left + _mix(keys + right + np.uint64(number << 48)) % a) % a
-        right = (right + _mix(keys + left + np.uint64((number + 1) << 48)) % b) % b
+        left = (left + mix(keys + right + np.uint64(number << 48)) % a) % a
+        right = (right + mix(keys + left + np.uint64((number + 1) << 48)) % b) % b
     return right * a + left
-
-
-def _mix(value: Any) -> Any:
-    """Hash 64 bits to 64 bits, element by element (splitmix64, Steele et al. 2014)."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

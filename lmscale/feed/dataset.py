@@ -48,9 +48,11 @@ class SampleDataset:
         located = self._locate(indices)
         windows = self._blend.read(located)
         self._check_vocabulary(located, windows)
-        keys = np.stack([located.source, located.epoch, located.window], axis=1)
+        seeds = np.full_like(located.source, self._blend.seed)
+        keys = np.stack([seeds, located.source, located.epoch, located.window], axis=1)
+        lengths = np.full(len(windows), windows.shape[1])
         document_ids = self._blend.document_ids(located) if self._isolate else None
-        arrays = self._objective.make_batch(Samples(windows, document_ids, keys))
+        arrays = self._objective.make_batch(Samples(windows, lengths, document_ids, keys))
         if indices.min() < 0:
             arrays[LOSS_MASK.name][indices < 0] = 0.0
         return arrays

@@ -31,7 +31,7 @@ class CausalLM:
         Source: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", eq. 1; packing with
         and without borders: Brown et al. 2020, arXiv:2005.14165, appendix B.
         """
-        windows, ids = samples.windows, samples.document_ids
+        windows, ids = samples.tokens, samples.document_ids
         batch: Arrays = {TOKENS.name: windows[:, :-1], LABELS.name: windows[:, 1:]}
         if ids is None:
             batch[LOSS_MASK.name] = np.ones(batch[TOKENS.name].shape, np.float32)

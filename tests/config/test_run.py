@@ -103,6 +103,29 @@ BROKEN = [
         "use 12 or 18",
     ),
     (["parallel.pp_size=2"], 2, "pipeline with ZeRO 2 or 3", "use ZeRO 1"),
+    (["objective.name=bart"], 1, "objective.name = 'bart': model.architecture: gpt is trained by causal_lm", ""),
+    (["data.decoder_seq_length=8"], 1, "data.decoder_seq_length = 8: is read by bart and t5 only", "leave it out"),
+    (["model.preset=bert-base"], 1, "tokenizer: is required by objective bert, for its special ids", "add the section"),
+    (["model.token_types=2"], 1, "model.token_types = 2: is read by bert and roberta only", ""),
+    (["model.position_embedding=relative"], 1, "model.position_embedding = 'relative': t5 is built with relative", ""),
+    (
+        ["model.preset=t5-small", "tokenizer.path=x", "objective.noise=iid", "objective.mean_span=4"],
+        1,
+        "objective.mean_span = 4.0: is read with objective.noise: spans only",
+        "",
+    ),
+    (
+        ["model.preset=t5-small", "tokenizer.path=x", "data.seq_length=2048"],
+        1,
+        "data.seq_length: makes 114 spans of 2274 tokens, and there are 100 sentinels",
+        "shorten the sequence",
+    ),
+    (
+        ["model.preset=bart-base", "tokenizer.path=x", "data.decoder_seq_length=2048"],
+        1,
+        "data.decoder_seq_length = 2048: must be at most model.max_position_embeddings = 1024",
+        "",
+    ),
 ]
 
 
