@@ -50,9 +50,11 @@ def hashes(stream: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
 
 def uniforms(stream: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """Draw `count` numbers of each stream from [0, 1): uint64 [n] -> float64 [n, count]."""
-    return (hashes(stream, count) >> np.uint64(11)) * _TO_UNIT
+    drawn: NDArray[np.float64] = (hashes(stream, count) >> np.uint64(11)).astype(np.float64) * _TO_UNIT
+    return drawn
 
 
 def integers(stream: NDArray[np.uint64], count: int, bound: Any) -> NDArray[np.int64]:
     """Draw `count` integers of each stream from [0, bound); bound is a number, or broadcasts against [n, count]."""
-    return (uniforms(stream, count) * bound).astype(np.int64)
+    drawn: NDArray[np.int64] = (uniforms(stream, count) * bound).astype(np.int64)
+    return drawn

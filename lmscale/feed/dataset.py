@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from lmscale.batch import LOSS_MASK
 from lmscale.data.blend import Blend, Located
+from lmscale.data.samples import Samples
 from lmscale.errors import DataError
-from lmscale.objectives.base import Arrays, Objective, Samples
+from lmscale.objectives.base import Arrays, Objective
 
 
 class SampleDataset:

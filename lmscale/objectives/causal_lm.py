@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscale.batch import DOCUMENT_IDS, LABELS, LOSS_MASK, POSITIONS, TOKENS
-from lmscale.objectives.base import Arrays, Samples
+from lmscale.data.samples import Samples
+from lmscale.objectives.base import Arrays
 
 
 class CausalLM:

@@ -30,7 +30,8 @@ def test_the_objective_is_given_what_names_each_sample(blend: Blend) -> None:
     indices = np.array([0, 5, 301])
     SampleDataset(blend, blend.locate, Spy(), 1000, False).arrays(indices)
     located = blend.locate(indices)
-    assert seen[0].keys.tolist() == np.stack([located.source, located.epoch, located.window], 1).tolist()
+    seeds = np.full(3, blend.seed)
+    assert seen[0].keys.tolist() == np.stack([seeds, located.source, located.epoch, located.window], 1).tolist()
     assert seen[0].document_ids is None
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmscale.batch import FIELDS
-from lmscale.objectives.base import Samples
+from lmscale.data.samples import Samples
 from lmscale.objectives.causal_lm import CausalLM, restarting_positions
 
 KEYS = np.zeros((1, 4), np.int64)

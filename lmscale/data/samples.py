@@ -1,0 +1,33 @@
+"""What goes from the corpus to the objective: cut, not yet noised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The raw samples of a micro batch, as they were cut from the corpus.
+
+    Shapes: n samples, r raw tokens (lmscale.config.lengths).
+
+    Attributes:
+        tokens: int64 [n, r], token ids without special ones; behind a sample's length, 0.
+        lengths: int64 [n], tokens of each sample, at least 1.
+        document_ids: int64 [n, r], the number of each token's document, counted from 0 in each sample; None where
+            documents are not to be told apart.
+        keys: int64 [n, 4], (seed, source, epoch, number): what names a sample, and so the randomness that belongs to it,
+            for any number of ranks and workers.
+        first_lengths: int64 [n], tokens of segment A, which come first; segment B has the others. None but for bert.
+        is_random_next: bool [n], whether segment B was taken from another document. None but for bert.
+    """
+
+    tokens: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    document_ids: NDArray[np.int64] | None
+    keys: NDArray[np.int64]
+    first_lengths: NDArray[np.int64] | None = None
+    is_random_next: NDArray[np.bool_] | None = None
