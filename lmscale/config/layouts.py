@@ -96,8 +96,8 @@ def legal_table() -> list[dict[str, str]]:
         for precision in ("fp32", "bf16", "fp16"):
             for pp_size, label in ((1, ""), (2, " PP")):
                 row[precision + label] = _verdict(stage, pp_size, precision, False, False)
-        row["offload optimizer"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", True, False)
-        row["offload param"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", False, True)
+        row["opt. offload"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", True, False)
+        row["param offload"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", False, True)
         rows.append(row)
     return rows
 

@@ -66,4 +66,4 @@ def test_table_says_what_the_rules_say():
     rows = {row["ZeRO"]: row for row in legal_table()}
     assert [rows[stage]["bf16"] for stage in "0123"] == ["no", "yes", "yes", "yes"]
     assert [rows[stage]["fp32 PP"] for stage in "0123"] == ["yes", "yes", "no", "no"]
-    assert [rows[stage]["offload param"] for stage in "0123"] == ["no", "no", "no", "yes"]
+    assert [rows[stage]["param offload"] for stage in "0123"] == ["no", "no", "no", "yes"]
