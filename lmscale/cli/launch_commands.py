@@ -102,7 +102,9 @@ def _print_layouts() -> None:
     from lmscale.config.layouts import RULES, legal_table
 
     rows = legal_table()
-    table = Table(*rows[0], title="Layouts that can be trained")
+    table = Table(
+        *rows[0], title="Layouts that can be trained", caption="PP: with a pipeline (parallel.pp_size above 1)"
+    )
     for row in rows:
         table.add_row(*row.values())
     console = Console()

@@ -89,15 +89,15 @@ def check_layout(layout: Layout) -> None:
 
 
 def legal_table() -> list[dict[str, str]]:
-    """Tabulate the legality of every ZeRO stage by pipeline, precision and offload, from the rules above."""
+    """Tabulate the legality of every ZeRO stage by precision, pipeline (PP) and offload, from the rules above."""
     rows = []
     for stage in range(4):
         row = {"ZeRO": str(stage)}
         for precision in ("fp32", "bf16", "fp16"):
-            for pp_size, label in ((1, "no pipeline"), (2, "pipeline")):
-                row[f"{precision}, {label}"] = _verdict(stage, pp_size, precision, False, False)
-        row["offload_optimizer"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", True, False)
-        row["offload_param"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", False, True)
+            for pp_size, label in ((1, ""), (2, " PP")):
+                row[precision + label] = _verdict(stage, pp_size, precision, False, False)
+        row["opt. offload"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", True, False)
+        row["param offload"] = _verdict(stage, 1, "fp32" if stage == 0 else "bf16", False, True)
         rows.append(row)
     return rows
 
