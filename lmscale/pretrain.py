@@ -19,9 +19,8 @@ from lmscale.launcher.environment import adopt_rank
 from lmscale.launcher.status import register, run_rank
 from lmscale.launcher.validate import validate_run
 from lmscale.log import get_logger, setup_logging
-from lmscale.models.build import build_model
+from lmscale.models.build import build_model, model_specs
 from lmscale.models.context import build_context
-from lmscale.models.decoder import decoder_specs
 from lmscale.models.loss import LanguageModelLoss
 from lmscale.optim.batch_ramp import batch_size_at
 from lmscale.optim.build import build_optimizer
@@ -87,14 +86,16 @@ def build_engine(config: RunConfig, topology: Topology, zero: ZeroChoice, pipeli
         config.model,
         topology,
         seed=config.train.seed,
+        objective=config.objective,
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=config.parallel.recompute,
         partitions_parameters=zero.stage == 3,
         isolates_documents=config.data.reset_attention_mask,
+        pipeline=pipeline,
         compile=config.train.compile,
     )
     loss = LanguageModelLoss(context)
-    model = build_model(decoder_specs(context), context, loss, pipeline=pipeline)
+    model = build_model(model_specs(context), context, loss, pipeline=pipeline)
     groups = build_groups(model.named_parameters(), config.optim)
     optimizer = build_optimizer(groups, config.optim, topology.device, zero.offload_optimizer)
     keys = resolve_deepspeed(load_deepspeed(config.deepspeed), config, topology.dp_size)

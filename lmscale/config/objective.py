@@ -125,6 +125,12 @@ OBJECTIVE_OF = {"gpt": "causal_lm", "bert": "bert", "roberta": "roberta", "bart"
 """The objective of each architecture, which is its default."""
 
 
+def default_objective(architecture: str) -> ObjectiveConfig:
+    """Return an architecture's own objective, as its paper set it."""
+    kinds = (CausalLMConfig, BertConfig, RobertaConfig, BartConfig, T5Config)
+    return next(kind() for kind in kinds if kind.model_fields["name"].default == OBJECTIVE_OF[architecture])
+
+
 def max_predictions(objective: BertConfig | RobertaConfig, seq_length: int) -> int:
     """Return the places for predictions in a sample: the most tokens that are ever masked in it.
 

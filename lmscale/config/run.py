@@ -174,11 +174,10 @@ def _tensor_parallel_divides(config: RunConfig) -> None:
 
 
 def _pipeline_divides(config: RunConfig) -> None:
+    model, pp_size = config.model, config.parallel.pp_size
+    field = "model.num_layers, of both stacks," if model.has_decoder_stack else "model.num_layers"
     _check_divides(
-        "model.num_layers",
-        config.model.num_layers,
-        config.parallel.pp_size,
-        f"parallel.pp_size = {config.parallel.pp_size}",
+        field, model.num_layers * (2 if model.has_decoder_stack else 1), pp_size, f"parallel.pp_size = {pp_size}"
     )
 
 

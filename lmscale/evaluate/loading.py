@@ -17,9 +17,8 @@ from lmscale.config.io import load_run
 from lmscale.config.parallel import ParallelConfig
 from lmscale.config.run import CROSS_SECTION_RULES, RunConfig
 from lmscale.errors import CheckpointError, ConfigError
-from lmscale.models.build import SequentialModel, build_model
+from lmscale.models.build import SequentialModel, build_model, model_specs
 from lmscale.models.context import ModelContext, build_context
-from lmscale.models.decoder import decoder_specs
 from lmscale.models.loss import LanguageModelLoss
 from lmscale.models.transformer_config import build_transformer_config
 from lmscale.parallel.seeds import WeightInit
@@ -105,7 +104,7 @@ def build_module(
         weights=blank,
         transformer=build_transformer_config(config.model, blank, topology.tp_size, sequence_parallel=False),
     )
-    module = build_model(decoder_specs(context), context, LanguageModelLoss(context), pipeline=False)
+    module = build_model(model_specs(context), context, LanguageModelLoss(context), pipeline=False)
     assert isinstance(module, SequentialModel)
     module.to(DTYPES[precision]).eval()
     _fill(module, reader, topology)
@@ -115,7 +114,7 @@ def build_module(
 class _Blank(WeightInit):
     """Draws nothing: every weight is about to be read."""
 
-    def normal(self, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def normal(self, std: float, truncated: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda tensor: tensor
 
 

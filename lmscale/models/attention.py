@@ -7,6 +7,7 @@ cache and attention dropout live.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lmscale.batch import PADDING_ID
 from lmscale.models.context import ModelContext
 from lmscale.parallel.device import multiplies_slowly
 
@@ -24,13 +26,20 @@ from lmscale.parallel.device import multiplies_slowly
 class AttentionInputs:
     """What core attention needs besides q, k, v; it travels in megatron-core's `attention_mask` argument.
 
-    Shapes:
-        positions, document_ids: int64 [b, s], None where positions are 0 .. s-1 and nothing is isolated.
+    Shapes: s queries, k keys; None where it does without.
+        positions: int64 [b, s], for rope; 0 .. s-1 where None.
+        document_ids: int64 [b, s], of the queries, and, in self attention, of the keys.
+        key_document_ids: int64 [b, k], of the keys of cross attention.
+        is_prefix: int64 [b, s].
+        bias: [1 or b, n/t, s, k], added to the scores; it holds the mask already.
     """
 
-    positions: torch.Tensor | None
-    document_ids: torch.Tensor | None
     micro_batch: int
+    positions: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+    key_document_ids: torch.Tensor | None = None
+    is_prefix: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 class KeyValueCache:
@@ -64,10 +73,10 @@ class KeyValueCache:
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(d) + mask) v, causal.
+    """softmax(scale q k^T + bias + mask) v.
 
-    Without documents the mask is SDPA's own causal one, which the flash kernels skip blocks by; with documents it is
-    the block-diagonal causal mask, made once for each micro batch and shared by the layers.
+    Causal without documents, the mask is SDPA's own, which the flash kernels skip blocks by; otherwise it is made once
+    for each micro batch and shared by the layers.
     """
 
     def __init__(
@@ -81,13 +90,14 @@ class CoreAttention(nn.Module):
         pg_collection: Any = None,
         *,
         context: ModelContext,
-        masks: DocumentMasks,
+        masks: AttentionMasks,
         layer_key: str,
     ):
         super().__init__()
         self._context = context
         self._masks = masks
         self._layer_key = layer_key
+        self._site = "attention" if attention_type == "self" else "cross_attention"
         self._scale = softmax_scale
         self._dropout = config.attention_dropout
         self._rotary = RotaryTable(context.model.rope_theta, context.model.head_size) if _uses_rope(context) else None
@@ -113,13 +123,14 @@ class CoreAttention(nn.Module):
         query_bnsd, key_bgsd, value_bgsd = (tensor.permute(order) for tensor in (query, key, value))
         if self._rotary is not None:
             query_bnsd, key_bgsd = self._rotary.rotate(query_bnsd, key_bgsd, inputs.positions)
-        mask, is_causal = None, True
+        mask, is_causal = inputs.bias, False
         if self.cache is not None:
             assert inputs.document_ids is not None
             key_bgsd, value_bgsd, all_ids = self.cache.append(key_bgsd, value_bgsd, inputs.document_ids)
-            mask, is_causal = self._masks.cached(inputs.document_ids, all_ids), False
-        elif inputs.document_ids is not None:
-            mask, is_causal = self._masks.causal(inputs.document_ids), False
+            mask = self._masks.cached(inputs.document_ids, all_ids)
+        elif mask is None:
+            mask = self._masks.of(inputs)
+            is_causal = mask is None and self._masks.is_causal
         out_bnsd = self._attend(query_bnsd, key_bgsd, value_bgsd, mask, is_causal, inputs.micro_batch)
         back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         return out_bnsd.permute(back).flatten(2)
@@ -138,12 +149,13 @@ class CoreAttention(nn.Module):
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             if dropout:
-                self._context.dropout.seed(q.device, self._layer_key, micro_batch, "attention", differs_over_tp=True)
+                self._context.dropout.seed(q.device, self._layer_key, micro_batch, self._site, differs_over_tp=True)
             dtype = q.dtype
             if multiplies_slowly(q):
                 q, k, v = q.float(), k.float(), v.float()
+            added = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
             return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self._scale, enable_gqa=grouped
+                q, k, v, attn_mask=added, dropout_p=dropout, is_causal=is_causal, scale=self._scale, enable_gqa=grouped
             ).to(dtype)
 
         is_selective = self._context.recompute == "selective" and torch.is_grad_enabled()
@@ -169,19 +181,32 @@ def keeps_scores(
     return int(choice) == int(torch.nn.attention.SDPBackend.MATH)
 
 
-class DocumentMasks:
-    """Makes the mask of isolated documents once for each micro batch, for all layers of a stage."""
+class AttentionMasks:
+    """Makes the mask of one kind of attention once for each micro batch, for all layers of a stage.
 
-    def __init__(self) -> None:
-        self._ids: torch.Tensor | None = None
+    Tokens see those of the same document id; causal, themselves and what precedes them. In cross attention padding sees
+    everything, so that no row is without a key.
+    """
+
+    def __init__(self, *, is_causal: bool) -> None:
+        self.is_causal = is_causal
+        self._made_for: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
 
-    def causal(self, document_ids: torch.Tensor) -> torch.Tensor:
-        """Return bool [b, 1, s, s]: True where a token may attend, itself and what precedes it in its document."""
-        return self.cached(document_ids, document_ids)
+    def of(self, inputs: AttentionInputs) -> torch.Tensor | None:
+        """Return bool [b, 1, s, k], True where a query may attend; None where a plain (causal) attention is meant."""
+        ids, keys = inputs.document_ids, inputs.key_document_ids
+        if ids is not None and keys is not None:
+            return self._remember(ids, keys, lambda: _same(ids, keys) | (ids == PADDING_ID)[:, None, :, None])
+        if inputs.is_prefix is not None:
+            prefix = inputs.is_prefix
+            return self._remember(prefix, prefix, lambda: self._with_prefix(ids, prefix))
+        if ids is None:
+            return None
+        return self.cached(ids, ids) if self.is_causal else self._remember(ids, ids, lambda: _same(ids, ids))
 
     def cached(self, new_ids: torch.Tensor, all_ids: torch.Tensor) -> torch.Tensor:
-        """Return the mask of the last s tokens of a key/value cache.
+        """Return the causal mask of the last s tokens of a key/value cache.
 
         Args:
             new_ids: int64 [b, s], document ids of the new tokens; another tensor for each pass through the model.
@@ -190,12 +215,28 @@ class DocumentMasks:
         Returns:
             bool [b, 1, s, total]: True where a new token may attend.
         """
-        new, total = new_ids.size(1), all_ids.size(1)
-        if self._ids is not new_ids or self._mask is None or self._mask.size(3) != total:
-            causal = torch.ones(new, total, dtype=torch.bool, device=all_ids.device).tril(total - new)
-            same = new_ids[:, None, :, None] == all_ids[:, None, None, :]
-            self._ids, self._mask = new_ids, same & causal
+        return self._remember(new_ids, all_ids, lambda: _same(new_ids, all_ids) & _preceding(new_ids, all_ids))
+
+    def _with_prefix(self, ids: torch.Tensor | None, prefix: torch.Tensor) -> torch.Tensor:
+        mask = _preceding(prefix, prefix) | (prefix == 1)[:, None, None, :] & (prefix == 1)[:, None, :, None]
+        return mask if ids is None else mask & _same(ids, ids)
+
+    def _remember(self, queries: torch.Tensor, keys: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        made_for = self._made_for
+        is_same = made_for is not None and made_for[0] is queries and made_for[1].size(1) == keys.size(1)
+        if not is_same or self._mask is None:
+            self._made_for, self._mask = (queries, keys), make()
         return self._mask
+
+
+def _same(query_ids: torch.Tensor, key_ids: torch.Tensor) -> torch.Tensor:
+    return query_ids[:, None, :, None] == key_ids[:, None, None, :]
+
+
+def _preceding(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Bool [s, k]: True up to the query's own place, the queries being the last s of the keys."""
+    new, total = queries.size(1), keys.size(1)
+    return torch.ones(new, total, dtype=torch.bool, device=keys.device).tril(total - new)
 
 
 def _uses_rope(context: ModelContext) -> bool:

@@ -15,11 +15,22 @@ from torch import nn
 
 from lmscale.log import get_logger
 from lmscale.models.context import ModelContext
-from lmscale.models.decoder import NamedSpecs
+from lmscale.models.decoder import decoder_specs
+from lmscale.models.encoder import encoder_specs
+from lmscale.models.encoder_decoder import encoder_decoder_specs
+from lmscale.models.specs import NamedSpecs
 
 _log = get_logger(__name__)
 
 TIED_MODULES = "tied_modules"
+
+
+def model_specs(context: ModelContext) -> NamedSpecs:
+    """List the layers of a model by its architecture."""
+    model = context.model
+    if model.has_decoder_stack:
+        return encoder_decoder_specs(context)
+    return encoder_specs(context) if model.is_encoder_only else decoder_specs(context)
 
 
 class SequentialModel(nn.Module):
@@ -77,7 +88,8 @@ def build_model(
                 layers=[spec for _, spec in specs],
                 topology=topology.deepspeed_grid(),
                 loss_fn=loss,
-                partition_method="type:TransformerLayer",
+                # A stage begins with a layer or, where there is one, with the bias before it.
+                partition_method="type:TransformerLayer|RelativeBias",
             )
     else:
         model = SequentialModel(specs).to(topology.device)

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
+from lmscale.batch import IS_RANDOM_NEXT, LOSS_MASK
+from lmscale.config.objective import T5Config
 from lmscale.models.context import ModelContext
 
 CHUNK_BYTES = 4 * 2**20
@@ -18,29 +21,50 @@ class LanguageModelLoss:
 
     The weight is dp_size * num_micro_batches / (labels that count in the global batch), so that the mean that DeepSpeed
     takes over micro batches and data-parallel ranks is the mean over the global batch's labels, however unevenly the
-    masks are spread.
+    masks are spread. A next-sentence loss is added, the mean over the global batch's pairs by a weight of its own.
     """
 
     def __init__(self, context: ModelContext):
         self._vocab_size = context.model.vocab_size
         self._tp_group = context.groups.tp
+        objective = context.objective
+        self._z_loss = objective.z_loss if isinstance(objective, T5Config) else 0.0
+        self._counts_padding = isinstance(objective, T5Config) and objective.loss_denominator == "padded"
 
-    def __call__(self, logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def counts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Count what the losses of a micro batch are means over: float32 [1 or 2], labels and sentence pairs."""
+        mask = batch[LOSS_MASK.name]
+        labels = mask.new_tensor(mask.numel()) if self._counts_padding else mask.sum()
+        if IS_RANDOM_NEXT.name not in batch:
+            return labels.reshape(1)
+        return torch.stack((labels, (batch[IS_RANDOM_NEXT.name] >= 0).sum().to(labels.dtype)))
+
+    def __call__(
+        self, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], labels: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
         """Compute the weighted loss.
 
-        Shapes: logits [b, s, v/t]; labels: (token ids int64 [b, s], loss_mask float32 [b, s], weight float32 scalar).
+        Shapes: outputs: logits [b, l, v/t], and sentence logits [b, 2] where the model makes them; labels: (token ids
+            int64 [b, l], loss_mask float32 [b, l], is_random_next int64 [b] beside sentence logits, weight float32 [1],
+            or [2] with that of the sentence pairs).
         Returns: float32 scalar, the same on every tensor-parallel rank.
         Collectives: two all-reduces over the tensor-parallel group where it has several ranks.
         """
-        targets, loss_mask, weight = labels
+        logits, sentence_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
+        targets, loss_mask, *pairs, weight = labels
         total: torch.Tensor = VocabParallelCrossEntropy.apply(
-            logits, targets, loss_mask, self._vocab_size, self._tp_group
+            logits, targets, loss_mask, self._vocab_size, self._tp_group, self._z_loss
         )
-        return total * weight.squeeze()
+        if sentence_logits is None:
+            return total * weight[0]
+        sentences = F.cross_entropy(sentence_logits.float(), pairs[0], ignore_index=-1, reduction="sum")
+        return total * weight[0] + sentences * weight[1]
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """sum_i mask_i (log sum_j exp(z_ij) - z_i,target), over the first vocab_size logits; padded rows take no part.
+    """sum_i mask_i (log Z_i - z_i,target + z_loss (log Z_i)^2), log Z_i = log sum_j exp(z_ij).
+
+    The sum is over the first vocab_size logits; padded rows take no part. The z-loss is added in training only.
 
     Overwrites the logits with their gradient (softmax minus one-hot, times the mask) while it computes the loss, so a
     training step holds one array of logits' size; with gradients off, the logits are left as they are.
@@ -54,12 +78,14 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         loss_mask: torch.Tensor,
         vocab_size: int,
         tp_group: dist.ProcessGroup,
+        z_loss: float = 0.0,
     ) -> torch.Tensor:
         """Compute the summed loss, and the gradient in place."""
         logits_2d = logits.detach().view(-1, logits.size(-1))
         shard = _Shard(logits_2d.size(1), vocab_size, tp_group)
         targets_1d, mask_1d = targets.reshape(-1), loss_mask.reshape(-1)
         needs_grad = ctx.needs_input_grad[0]
+        shard.z_loss = z_loss if needs_grad else 0.0
         if tp_group.size() == 1:
             total = _one_pass(logits_2d, targets_1d, mask_1d, shard, needs_grad)
         else:
@@ -71,7 +97,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradient that forward left behind."""
         (grad_logits,) = ctx.saved_tensors
-        return grad_logits.detach().mul_(grads[0]), None, None, None, None
+        return grad_logits.detach().mul_(grads[0]), None, None, None, None, None
 
 
 class _Shard:
@@ -82,6 +108,7 @@ class _Shard:
         self.valid = max(0, min(columns, vocab_size - self.first))
         self.columns = columns
         self.tp_group = tp_group
+        self.z_loss = 0.0
 
     def chunks(self, rows: int) -> list[slice]:
         step = max(1, CHUNK_BYTES // (4 * self.columns))
@@ -102,9 +129,17 @@ def _one_pass(
         block = logits[rows, : shard.valid]
         log_probs = torch.log_softmax(block, dim=-1, dtype=torch.float32)
         columns = targets[rows, None]
-        total -= (log_probs.gather(1, columns).squeeze(1) * mask[rows]).sum()
+        chosen = log_probs.gather(1, columns).squeeze(1)
+        total -= (chosen * mask[rows]).sum()
+        scale = None
+        if shard.z_loss:
+            log_normalizer = block.gather(1, columns).squeeze(1).float() - chosen
+            total += shard.z_loss * (log_normalizer.square() * mask[rows]).sum()
+            scale = 1.0 + 2.0 * shard.z_loss * log_normalizer[:, None]
         if needs_grad:
             grad = log_probs.exp_()
+            if scale is not None:
+                grad.mul_(scale)
             grad.scatter_add_(1, columns, grad.new_full((), -1.0).expand(columns.shape))
             torch.mul(grad, mask[rows, None], out=block) if block.dtype == grad.dtype else block.copy_(
                 grad.mul_(mask[rows, None])
@@ -131,12 +166,17 @@ def _two_passes(
         sums[0, rows] = block.exp_().sum(dim=-1)
     dist.all_reduce(sums, group=shard.tp_group)
     log_normalizer = sums[0].log()
+    shift = highest + log_normalizer
     if needs_grad:
-        shift = highest + log_normalizer
         for rows in shard.chunks(rows_total) if shard.valid else []:
             block = logits[rows, : shard.valid]
             grad = (block.float() - shift[rows, None]).exp_()
+            if shard.z_loss:
+                grad.mul_(1.0 + 2.0 * shard.z_loss * shift[rows, None])
             grad.scatter_add_(1, columns[rows, None], -mine[rows, None].float())
             block.copy_(grad.mul_(mask[rows, None]))
         logits[:, shard.valid :] = 0.0
-    return ((log_normalizer - sums[1]) * mask).sum()
+    losses = log_normalizer - sums[1]
+    if shard.z_loss:
+        losses = losses + shard.z_loss * shift.square()
+    return (losses * mask).sum()

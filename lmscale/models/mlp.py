@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP as MegatronMLP
 from megatron.core.transformer.mlp import MLPSubmodules
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,33 +22,42 @@ class FeedForward(MegatronMLP):
     Shapes: input and output [..., h].
     """
 
-    def __init__(self, context: ModelContext):
+    def __init__(self, context: ModelContext, key: str):
         super().__init__(
             config=context.transformer,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ffn_hidden_size=context.transformer.ffn_hidden_size,
             tp_group=context.groups.tp,
         )
+        self._context, self._key = context, key
         self._recompute = context.recompute == "selective"
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (output, bias still to be added or None)."""
+    def forward(self, hidden: torch.Tensor, micro_batch: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (output, bias still to be added or None); `micro_batch` seeds the dropout."""
         inner, bias = self.linear_fc1(hidden)
         if self._recompute and torch.is_grad_enabled():
-            activated = checkpoint(self._activate, inner, bias, use_reentrant=False, preserve_rng_state=False)
-            with _recomputed(activated, lambda: self._activate(inner, bias)):
+            activated = checkpoint(
+                self._activate, inner, bias, micro_batch, use_reentrant=False, preserve_rng_state=False
+            )
+            with _recomputed(activated, lambda: self._activate(inner, bias, micro_batch)):
                 out: tuple[torch.Tensor, torch.Tensor | None] = self.linear_fc2(activated)
                 return out
-        out = self.linear_fc2(self._activate(inner, bias))
+        out = self.linear_fc2(self._activate(inner, bias, micro_batch))
         return out
 
-    def _activate(self, inner: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _activate(self, inner: torch.Tensor, bias: torch.Tensor | None, micro_batch: int) -> torch.Tensor:
         if bias is not None:
             inner = inner + bias
         if self.config.gated_linear_unit:
             gate, up = inner.chunk(2, dim=-1)
-            return self.activation_func(gate) * up
-        return self.activation_func(inner)
+            inner = self.activation_func(gate) * up
+        else:
+            inner = self.activation_func(inner)
+        probability = self._context.model.ffn_dropout
+        if not self.training or not probability:
+            return inner
+        self._context.dropout.seed(inner.device, self._key, micro_batch, "ffn", differs_over_tp=True)
+        return F.dropout(inner, probability)
 
 
 class _recomputed(saved_tensors_hooks):

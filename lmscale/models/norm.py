@@ -17,17 +17,22 @@ class Norm(nn.Module):
     `sequence_parallel`, and `models.build` sums them over the tensor-parallel group.
 
     Shapes: input and output [..., h].
+
+    Args:
+        context: what the layers share.
+        is_split: False where every rank sees the whole sequence even under sequence parallelism.
     """
 
-    def __init__(self, context: ModelContext):
+    def __init__(self, context: ModelContext, is_split: bool = True):
         super().__init__()
+        is_split = is_split and context.sequence_parallel
         hidden_size = context.model.hidden_size
         self.eps = context.model.norm_eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.weight.sequence_parallel = context.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = is_split  # type: ignore[attr-defined]
         if context.model.normalization == "layernorm":
             self.bias = nn.Parameter(torch.zeros(hidden_size))
-            self.bias.sequence_parallel = context.sequence_parallel  # type: ignore[attr-defined]
+            self.bias.sequence_parallel = is_split  # type: ignore[attr-defined]
         else:
             self.register_parameter("bias", None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lmscale.config.model import ModelConfig
+from lmscale.models.initialization import matrix_init, residual_std
 from lmscale.parallel.seeds import WeightInit
 
 
@@ -21,16 +21,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "gelu": F.gelu,
+    "relu": F.relu,
     "swiglu": F.silu,
+    "geglu": gelu_tanh,
 }
-
-
-def residual_std(model: ModelConfig) -> float:
-    """Compute the standard deviation of the projections into the residual stream: std / sqrt(2 num_layers).
-
-    Source: Radford et al. 2019 scale by 1/sqrt(N), N residual layers; each transformer layer adds two.
-    """
-    return model.init.std / math.sqrt(2 * model.num_layers) if model.init.scaled_residual else model.init.std
+"""Of the gate, where there is one."""
 
 
 def build_transformer_config(
@@ -48,15 +43,16 @@ def build_transformer_config(
         num_query_groups=model.query_groups,
         kv_channels=model.head_size,
         ffn_hidden_size=model.ffn_size,
-        gated_linear_unit=model.activation == "swiglu",
+        gated_linear_unit=model.is_gated,
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=model.linear_bias,
         normalization="LayerNorm" if model.normalization == "layernorm" else "RMSNorm",
         layernorm_epsilon=model.norm_eps,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        init_method=weights.normal(model.init.std),
-        output_layer_init_method=weights.normal(residual_std(model)),
+        softmax_scale=None if model.scaled_scores else 1.0,
+        init_method=matrix_init(model, weights),
+        output_layer_init_method=matrix_init(model, weights, residual_std(model)),
         tensor_model_parallel_size=tp_size,
         sequence_parallel=sequence_parallel,
         params_dtype=torch.float32,

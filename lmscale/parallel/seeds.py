@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 _MASK = (1 << 63) - 1
 
@@ -44,8 +45,13 @@ class WeightInit:
         finally:
             self._key, self._draw = outer
 
-    def normal(self, std: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return a function that fills a whole (unsharded) CPU tensor with N(0, std^2)."""
+    def normal(self, std: float, truncated: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return a function that fills a whole (unsharded) CPU tensor with N(0, std^2).
+
+        Args:
+            std: of the distribution, before it is truncated.
+            truncated: draw again what lies beyond two std.
+        """
 
         def fill(tensor: torch.Tensor) -> torch.Tensor:
             if self._key is None:
@@ -53,6 +59,8 @@ class WeightInit:
             generator = torch.Generator().manual_seed(hash_seed("weight", self._seed, self._key, self._draw))
             self._draw += 1
             with torch.no_grad():
+                if truncated:
+                    return nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std, generator=generator)
                 return tensor.normal_(0.0, std, generator=generator)
 
         return fill

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,11 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
-from lmscale.batch import LABEL_NAMES
+from lmscale.batch import LOSS_MASK
 from lmscale.errors import RunError
 from lmscale.log import get_logger
 from lmscale.models.context import ModelContext
+from lmscale.models.loss import LanguageModelLoss
 from lmscale.optim.build import set_rate
 from lmscale.train.fragments import Fragment, fragments
 
@@ -58,7 +59,7 @@ class Engine:
         self,
         model: nn.Module,
         context: ModelContext,
-        loss: Callable[..., torch.Tensor],
+        loss: LanguageModelLoss,
         optimizer: torch.optim.Optimizer,
         deepspeed_config: dict[str, Any],
         max_grad_norm: float,
@@ -68,7 +69,7 @@ class Engine:
         Args:
             model: SequentialModel or PipelineModule.
             context: what its layers share.
-            loss: loss(outputs, (labels, loss_mask, weight)).
+            loss: its losses are weighted by what it counts.
             optimizer: a torch optimizer over the model's parameters.
             deepspeed_config: the resolved JSON.
             max_grad_norm: for ZeRO 0, where we clip; elsewhere the JSON's gradient_clipping does.
@@ -158,12 +159,12 @@ class Engine:
         """
         device = self.topology.device
         count = torch.zeros((), dtype=torch.float64, device=device)
-        one = torch.ones(1, device=device)
+        one = torch.tensor([1.0, 0.0], device=device)  # of tokens; sentence pairs are left out
 
         def prepared() -> Iterator[tuple[Any, Any]]:
             assert micro_batches is not None
             for micro_batch in micro_batches:
-                count.add_(micro_batch["loss_mask"].sum().to(device))
+                count.add_(micro_batch[LOSS_MASK.name].sum().to(device))
                 yield self._pack(micro_batch, one)
 
         self.deepspeed.eval()
@@ -247,15 +248,15 @@ class Engine:
         if not self.reads_data:
             return []
         device, dp_size = self.topology.device, self.topology.dp_size
-        count = torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum().to(device)
+        counts = torch.stack([self._loss.counts(batch) for batch in micro_batches]).sum(dim=0).to(device)
         if dp_size > 1:
-            dist.all_reduce(count, group=self.topology.dp_group)
-        weight = (dp_size * num_micro_batches / count.clamp(min=1.0)).reshape(1)
+            dist.all_reduce(counts, group=self.topology.dp_group)
+        weight = dp_size * num_micro_batches / counts.clamp(min=1.0)
         return [self._pack(batch, weight) for batch in micro_batches]
 
     def _pack(self, batch: MicroBatch, weight: torch.Tensor) -> tuple[Any, Any]:
         inputs = tuple(batch[name] for name in self.context.wire.input_names)
-        labels = (*(batch[name] for name in LABEL_NAMES), weight)
+        labels = (*(batch[name] for name in self.context.wire.label_names), weight)
         return (inputs if len(inputs) > 1 else inputs[0]), labels
 
     def _set_num_micro_batches(self, num_micro_batches: int) -> None:

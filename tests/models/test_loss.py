@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lmscale.config.objective import CausalLMConfig, ObjectiveConfig, T5Config
 from lmscale.models import loss as loss_module
 from lmscale.models.loss import LanguageModelLoss
 from tests.distributed.ranks import run_ranks
@@ -26,14 +27,17 @@ def _example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, targets, (torch.rand(BATCH, LENGTH, generator=generator) > 0.3).float()
 
 
-def _loss_on_this_rank(dtype: str, chunk_bytes: int) -> tuple[float, torch.Tensor]:
+def _loss_on_this_rank(dtype: str, chunk_bytes: int, objective: ObjectiveConfig) -> tuple[float, torch.Tensor]:
     from lmscale.parallel.topology import init_topology
 
     world = torch.distributed.get_world_size()
     topology = init_topology(world, 1)
     loss_module.CHUNK_BYTES = chunk_bytes
     context: Any = SimpleNamespace(
-        model=SimpleNamespace(vocab_size=VOCAB), groups=SimpleNamespace(tp=topology.tp_group), topology=topology
+        model=SimpleNamespace(vocab_size=VOCAB),
+        groups=SimpleNamespace(tp=topology.tp_group),
+        topology=topology,
+        objective=objective,
     )
     logits, targets, mask = _example()
     shard = logits.chunk(world, dim=-1)[topology.tp_rank].contiguous().to(getattr(torch, dtype)).requires_grad_()
@@ -47,14 +51,17 @@ def _loss_on_this_rank(dtype: str, chunk_bytes: int) -> tuple[float, torch.Tenso
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("chunk_bytes", [4 * 2**20, 4096])
-def test_loss_and_gradient_equal_torch_cross_entropy(world_size: int, chunk_bytes: int) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_loss_and_gradient_equal_torch_cross_entropy(world_size: int, chunk_bytes: int, z_loss: float) -> None:
     logits, targets, mask = _example()
     logits.requires_grad_()
-    each = F.cross_entropy(logits[..., :VOCAB].flatten(0, 1), targets.flatten(), reduction="none")
+    flat = logits[..., :VOCAB].flatten(0, 1)
+    each = F.cross_entropy(flat, targets.flatten(), reduction="none") + z_loss * flat.logsumexp(dim=-1).square()
     expected = 0.25 * (each * mask.flatten()).sum()
     expected.backward()
     expected = expected.detach()
-    results = run_ranks(world_size, _loss_on_this_rank, "float32", chunk_bytes)
+    objective = T5Config(z_loss=z_loss) if z_loss else CausalLMConfig()
+    results = run_ranks(world_size, _loss_on_this_rank, "float32", chunk_bytes, objective)
     for value, _ in results:
         assert value == pytest.approx(expected.item(), rel=TOLERANCE)
     gradient = torch.cat([grad for _, grad in results], dim=-1)
@@ -67,5 +74,5 @@ def test_half_precision_logits_are_reduced_in_fp32(world_size: int) -> None:
     logits, targets, mask = _example()
     rounded = logits.bfloat16().float()
     each = F.cross_entropy(rounded[..., :VOCAB].flatten(0, 1), targets.flatten(), reduction="none")
-    results = run_ranks(world_size, _loss_on_this_rank, "bfloat16", 4096)
+    results = run_ranks(world_size, _loss_on_this_rank, "bfloat16", 4096, CausalLMConfig())
     assert results[0][0] == pytest.approx(float(0.25 * (each * mask.flatten()).sum()), rel=1e-5)

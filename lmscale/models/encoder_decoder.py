@@ -1,0 +1,39 @@
+"""Models of two stacks (BART, T5) as a list of layers."""
+
+from __future__ import annotations
+
+from deepspeed.runtime.pipe.module import LayerSpec
+
+from lmscale.models.block import Stack
+from lmscale.models.context import ModelContext
+from lmscale.models.embedding import FinalNorm, InputEmbedding, InputNames, feed_decoder
+from lmscale.models.relative_bias import SharedBias
+from lmscale.models.specs import NamedSpecs, head, layers, named, tied_embedding, word_embedding
+
+ENCODER_INPUT = InputNames("encoder_embedding", "positions")
+DECODER_INPUT = InputNames("decoder_embedding", "decoder_positions")
+
+
+def encoder_decoder_specs(context: ModelContext) -> NamedSpecs:
+    """List the layers: the encoder, then the decoder, whose layers carry the encoder's output along.
+
+    The word table serves both stacks and, where it is tied, the head.
+    """
+    has_bias = context.model.position_embedding == "relative"
+    encoder = Stack("encoder_layers", is_causal=False, bias=SharedBias() if has_bias else None)
+    decoder = Stack("decoder_layers", is_causal=True, is_fed=True, bias=SharedBias() if has_bias else None)
+    specs = [
+        word_embedding(context),
+        named("encoder_embedding", LayerSpec(InputEmbedding, context, ENCODER_INPUT)),
+        *layers(context, encoder),
+    ]
+    if context.model.norm_position == "pre":
+        specs.append(named("encoder_norm", LayerSpec(FinalNorm, context, "encoder_norm")))
+    specs += [
+        named("word_embedding_of_decoder", tied_embedding(context, feed_decoder)),
+        named("decoder_embedding", LayerSpec(InputEmbedding, context, DECODER_INPUT)),
+        *layers(context, decoder),
+    ]
+    if context.model.norm_position == "pre":
+        specs.append(named("final_norm", LayerSpec(FinalNorm, context)))
+    return [*specs, head(context)]
