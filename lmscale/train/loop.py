@@ -89,7 +89,7 @@ def _step(run: Run) -> tuple[StepResult, float, int]:
     """Train one optimizer step and advance the progress."""
     config, engine, progress = run.config, run.engine, run.progress
     batch_size = batch_size_at(progress.consumed_samples, config.batch)
-    tokens = batch_size * config.data.seq_length
+    tokens = batch_size * config.lengths.nominal
     num_micro_batches = batch_size // (config.batch.micro_batch_size * engine.topology.dp_size)
     lr = lr_at(progress.consumed_tokens + tokens, config.optim, config.train.train_tokens)
     with run.throughput.waiting():

@@ -70,7 +70,7 @@ def begin(engine: Engine, config: RunConfig) -> Progress:
 
 def build_throughput(config: RunConfig, topology: Topology) -> Throughput:
     """Build the meter of tokens, FLOPs and MFU for a run."""
-    model, length = config.model, config.data.seq_length
+    model, length = config.model, config.lengths
     peak = config.monitor.device_flops_per_second
     if peak is None and topology.device.type == "cuda":
         peak = peak_flops_per_second(torch.cuda.get_device_name(topology.device), config.precision)

@@ -96,12 +96,15 @@ def train_in_rank(keys: dict[str, Any]) -> tuple[list[float], list[float]]:
     from lmscale.config.io import parse_run
     from lmscale.config.run import ZeroChoice
     from lmscale.parallel.topology import init_topology
+    from lmscale.plan.params import num_parameters
     from lmscale.pretrain import build_engine
 
     config = parse_run(keys)
     topology = init_topology(config.parallel.tp_size, config.parallel.pp_size)
     stage = keys["deepspeed"]["zero_optimization"]["stage"]
     engine = build_engine(config, topology, ZeroChoice(stage=stage))
+    if topology.world_size == 1:
+        assert sum(p.numel() for p in engine.model.parameters()) == num_parameters(config.model, padded=True)
     num = GLOBAL // (MICRO * topology.dp_size)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
@@ -124,7 +127,7 @@ def references() -> dict[tuple[str, float], tuple[list[float], list[float]]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_norms_are_those_of_one_rank(architecture: str, layout: str, references: dict[Any, Any]) -> None:
     chosen = LAYOUTS[layout]
-    is_whole = "tp" not in chosen and chosen["ranks"] != 2 or layout == "pp4"
+    is_whole = ("tp" not in chosen and chosen["ranks"] != 2) or layout == "pp4"
     dropout = 0.1 if is_whole else 0.0  # data- and tensor-parallel ranks draw other masks on purpose
     key = architecture, dropout
     if key not in references:

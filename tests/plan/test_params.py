@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lmscale.config.model import ModelConfig
-from lmscale.config.presets import PRESETS, preset
+from lmscale.config.presets import PRESETS, preset, with_defaults
 from lmscale.plan.params import num_parameters, parameter_table
 
 SMALL = ModelConfig(num_layers=3, hidden_size=48, num_attention_heads=6, vocab_size=131, max_position_embeddings=20)
@@ -40,8 +40,36 @@ def test_gpt3_175b_is_exact():
     assert num_parameters(ModelConfig(**preset("gpt3-175b"))) == 174_604_259_328
 
 
+PUBLISHED = {
+    "bert-base": 110_106_428,
+    "bert-large": 336_226_108,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
+    "bart-base": 139_420_416,
+    "bart-large": 406_291_456,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-small": 60_511_616,
+    "t5-v1.1-base": 222_903_552,
+    "t5-v1.1-large": 750_251_008,
+    "t5-v1.1-xl": 2_783_959_040,
+    "t5-v1.1-xxl": 11_003_736_064,
+}
+"""T5 v1.1 as transformers counts it, without the output matrix that it ties and the model does not."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_other_presets_have_their_published_size_exactly(name):
+    model = ModelConfig.model_validate(with_defaults({"preset": name}))
+    untied = 0 if model.tied_head else 32128 * model.hidden_size
+    assert num_parameters(model) == PUBLISHED[name] + untied
+
+
 def test_all_presets_are_covered():
-    assert len(PRESETS) == 8
+    assert len(PRESETS) == 8 + len(PUBLISHED)
 
 
 def test_llama_7b_and_llama2_70b_are_exact():
