@@ -35,8 +35,9 @@ def shrink(
 
     Kept: architecture, norms, activation, positions, tied head, biases, initialization; the ratios of query to
     key/value heads and of feed-forward to hidden width; whether layers, heads, widths and sequence divide over the
-    candidates' ranks, and whether the vocabulary is padded (with causal_lm; otherwise it is the tokenizer's); objective, document isolation, recompute, optimizer, peak
-    rate, clipping; the schedule, in shares of the run. A batch ramp becomes one of two stages.
+    candidates' ranks, and whether the vocabulary is padded (the vocabulary itself, but for causal_lm); objective,
+    document isolation, recompute, optimizer, peak rate, clipping; the schedule, in shares of the run. A batch ramp
+    becomes one of two stages.
 
     Args:
         config: the user's run.
