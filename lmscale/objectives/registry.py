@@ -11,11 +11,13 @@ from lmscale.objectives.base import Objective, Vocabulary
 from lmscale.objectives.bert import Bert
 from lmscale.objectives.causal_lm import CausalLM
 from lmscale.objectives.roberta import Roberta
+from lmscale.objectives.t5 import T5
 
 _BUILDERS: dict[str, Callable[[Any, SampleLengths, Vocabulary], Objective]] = {
     "causal_lm": lambda config, lengths, vocabulary: CausalLM(),
     "bert": Bert,
     "roberta": Roberta,
+    "t5": T5,
 }
 
 
