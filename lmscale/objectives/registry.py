@@ -7,6 +7,7 @@ from typing import Any
 
 from lmscale.config.lengths import SampleLengths
 from lmscale.config.objective import ObjectiveConfig
+from lmscale.objectives.bart import Bart
 from lmscale.objectives.base import Objective, Vocabulary
 from lmscale.objectives.bert import Bert
 from lmscale.objectives.causal_lm import CausalLM
@@ -17,6 +18,7 @@ _BUILDERS: dict[str, Callable[[Any, SampleLengths, Vocabulary], Objective]] = {
     "causal_lm": lambda config, lengths, vocabulary: CausalLM(),
     "bert": Bert,
     "roberta": Roberta,
+    "bart": Bart,
     "t5": T5,
 }
 
