@@ -5,6 +5,8 @@ Shapes: n samples, r raw tokens, w places of a noised text, k spans, s inputs, d
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lmscale.batch import DECODER_DOCUMENT_IDS, DECODER_TOKENS, DOCUMENT_IDS, LABELS, LOSS_MASK, TOKENS
@@ -38,7 +40,8 @@ class Bart:
         needed += ["is_word_start"] if config.masking != "tokens" and config.masked_share > 0 else []
         values = dict(zip(needed, required(vocabulary, config.name, *needed), strict=True))
         self._pad, self._bos, self._eos, self._mask = (values[name] for name in needed[:4])
-        self._full_stop, self._is_word_start = values.get("full_stop_id"), values.get("is_word_start")
+        self._full_stop: int | None = values.get("full_stop_id")
+        self._is_word_start: Any = values.get("is_word_start")
         own = (config.span_lambda, config.random_share)
         span_lambda, self._random_share = PRESETS[config.preset] if config.preset else own
         self._table = poisson_table(span_lambda)
@@ -107,7 +110,7 @@ class Bart:
         one mask a span. Of spans that run into one another, only the begins that lie in no other span keep their mask.
         """
         is_text = np.arange(text.shape[1]) < sizes[:, None]
-        is_start = is_text if self._config.masking == "tokens" else is_text & self._word_starts(text)
+        is_start = is_text if self._config.masking == "tokens" else is_text & self._is_word_start[text]
         budgets = np.ceil(is_start.sum(axis=1) * self._config.masked_share).astype(np.int64)
         if self._config.masking == "spans":
             lengths, num_empty = span_lengths(streams(keys, _LENGTHS), budgets, self._table)
@@ -119,10 +122,6 @@ class Bart:
         if num_empty.any():
             text, sizes = self._insert(text, sizes, num_empty, keys, _FILLED)
         return text, sizes
-
-    def _word_starts(self, text: Ints) -> Bools:
-        starts: Bools = self._is_word_start[text]  # type: ignore[index]
-        return starts
 
     def _replace(self, text: Ints, is_text: Bools, is_begin: Bools, is_inside: Bools, keys: Ints) -> tuple[Ints, Ints]:
         """Put masks for spans that begin and go on at these places, and close up."""

@@ -15,7 +15,7 @@ from lmscale.objectives.roberta import Roberta
 from lmscale.objectives.t5 import T5
 
 _BUILDERS: dict[str, Callable[[Any, SampleLengths, Vocabulary], Objective]] = {
-    "causal_lm": lambda config, lengths, vocabulary: CausalLM(),
+    "causal_lm": lambda config, lengths, vocabulary: CausalLM(config.prefix_lm),
     "bert": Bert,
     "roberta": Roberta,
     "bart": Bart,
