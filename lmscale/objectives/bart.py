@@ -101,13 +101,14 @@ class Bart:
 
         Of W words, ceil(W masked_share) are to be masked. With spans, lengths are drawn until they sum to that number,
         the last one cut to fit; each length above 0 becomes a span that begins at a random word, no two at the same
-        one; each length of 0 becomes a mask that is inserted anywhere. Spans may run into one another and over the
+        one; each length of 0 becomes a mask that is inserted anywhere. Spans may run into one another, and stop at the
         end of the text, as in the original: 26.9 % of the words are masked at a share of 30 % and a mean length of 3.
-        With words and tokens, all lengths are 1; with tokens, each token is a word. Pieces before the first begin of
-        a word are never masked.
+        With masking of words or tokens, all lengths are 1; with tokens, each token is a word. Pieces before the first
+        begin of a word are never masked.
 
-        A span becomes one mask, a mask for each token, or nothing; each mask is a random token with random_share, with
-        one mask a span. Of spans that run into one another, only the begins that lie in no other span keep their mask.
+        A span becomes one mask, a mask for each token, or nothing. With random_share a span has random tokens in the
+        place of its masks, each drawn on its own. Of spans that run into one another, one mask is left for each begin
+        that lies within no other span; where each token has a mask, the span begun last decides whether it is random.
         """
         is_text = np.arange(text.shape[1]) < sizes[:, None]
         is_start = is_text if self._config.masking == "tokens" else is_text & self._is_word_start[text]
