@@ -19,7 +19,7 @@ from lmscale.data.windows import Windows
 from lmscale.evaluate.inference import LanguageModel
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.models.loss import LanguageModelLoss
-from lmscale.objectives.base import Arrays
+from lmscale.objectives.base import Arrays, Vocabulary
 from lmscale.objectives.registry import build_objective
 
 
@@ -90,7 +90,7 @@ def _batches(model: LanguageModel, windows: Windows, size: int) -> Iterator[Arra
     config = model.config
     blend = Blend([windows], [1.0], config.train.seed)
     isolates = config.data.reset_attention_mask
-    objective = build_objective(config.objective)
+    objective = build_objective(config.objective, config.lengths, Vocabulary(config.model.vocab_size))
     dataset = SampleDataset(blend, in_order, objective, config.model.vocab_size, isolates)
     for first in range(0, len(windows), size):
         yield dataset.arrays(np.arange(first, min(first + size, len(windows)), dtype=np.int64))

@@ -23,6 +23,7 @@ from lmscale.errors import LmscaleError
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.feed.sampler import HeldOutSampler, MicroBatchSampler
 from lmscale.feed.transport import SlotFiller, Slots
+from lmscale.objectives.base import Vocabulary
 from lmscale.objectives.registry import build_objective
 
 Batch = dict[str, torch.Tensor]
@@ -143,7 +144,7 @@ def _open(config: RunConfig, prefix: str) -> IndexedCorpus:
 
 
 def _dataset(config: RunConfig, blend: Blend, locate: Callable[..., Any]) -> SampleDataset:
-    objective = build_objective(config.objective)
+    objective = build_objective(config.objective, config.lengths, Vocabulary(config.model.vocab_size))
     return SampleDataset(blend, locate, objective, config.model.vocab_size, config.data.reset_attention_mask)
 
 
