@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from lmscale.config.model import ModelConfig
-from lmscale.convert import gpt2, llama
+from lmscale.convert import bart, bert, gpt2, llama, roberta, t5
 from lmscale.convert.family import Family
 from lmscale.convert.hf_config import FILE, HfConfig
 from lmscale.errors import ConversionError
 
-FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama)}
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in (gpt2, llama, bert, roberta, bart, t5)
+}
 """By model_type."""
 
 

@@ -25,6 +25,35 @@ _LLAMA = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
 }
+_ENCODER = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_BART = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS,
+}
+_T5 = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+}
+_T5_V1_1 = {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 NO_IDS = {"bos_token_id": None, "eos_token_id": None}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {**_GPT2, **NO_IDS}),
@@ -45,6 +74,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-5,
         },
     ),
+    "bert": ("BertForPreTraining", {**_ENCODER, "max_position_embeddings": MAX_POSITIONS}),
+    "bert masked": ("BertForMaskedLM", {**_ENCODER, "max_position_embeddings": 20, "hidden_act": "gelu_new"}),
+    "roberta": (
+        "RobertaForMaskedLM",
+        {**_ENCODER, "max_position_embeddings": MAX_POSITIONS + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    ),
+    "bart": ("BartForConditionalGeneration", {**_BART, "attention_dropout": 0.2, "activation_dropout": 0.3}),
+    "t5": ("T5ForConditionalGeneration", _T5),
+    "t5 v1.1": ("T5ForConditionalGeneration", _T5_V1_1),
+    "t5 v1.1 tied": ("T5ForConditionalGeneration", _T5_V1_1),
 }
 """By name: the class, and keys of its config."""
 
@@ -57,6 +96,9 @@ def build(case: str, **changes: Any) -> Any:
     model_class = getattr(transformers, architecture)
     torch.manual_seed(3)
     model = model_class(model_class.config_class(**{**keys, **changes}))
+    if case == "t5 v1.1":
+        # transformers 5 ties it whatever the config says, and unties it where a checkpoint holds both.
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

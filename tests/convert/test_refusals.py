@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from lmscale.config.io import load_run, show
 from lmscale.convert.exporting import export_hf
 from lmscale.convert.importing import import_hf
+from lmscale.convert.registry import FAMILIES
 from lmscale.errors import CheckpointError, ConfigError, ConversionError
 from tests.convert.models import CASES, build, save, stored
 
@@ -69,6 +71,26 @@ def refused(tmp_path: Path, source: Path, part: str, kind: type[Exception] = Con
         ("llama", {"attention_bias": True, "mlp_bias": True}, "lacks model.layers.0"),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act = 'gelu': must be 'silu'"),
         ("llama", {"num_key_value_heads": 3}, "k_proj.weight: has the shape (16, 48), and by config.json (24, 48)"),
+        (
+            "bert",
+            {"architectures": ["BertForTokenClassification"]},
+            "of bert there are BertForPreTraining, BertForMaskedLM",
+        ),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
+        ("bert", {"is_decoder": True}, "config.json: is_decoder = True: must be False"),
+        ("bert", {"hidden_act": "silu"}, "config.json: hidden_act = 'silu'"),
+        ("bert", {"max_position_embeddings": 33}, "position_embeddings.weight: has the shape (32, 32)"),
+        ("roberta", {"hidden_act": "relu"}, "config.json: hidden_act = 'relu': must be 'gelu'"),
+        ("roberta", {"pad_token_id": None}, "config.json: pad_token_id = None: must be a whole number"),
+        ("bart", {"decoder_layers": 3}, "config.json: decoder_layers = 3: must equal encoder_layers = 2"),
+        ("bart", {"decoder_ffn_dim": 40}, "config.json: decoder_ffn_dim = 40: must equal encoder_ffn_dim = 48"),
+        ("bart", {"scale_embedding": True}, "config.json: scale_embedding = True: must be False"),
+        ("bart", {"normalize_before": True}, "config.json: normalize_before = True: must be False"),
+        ("t5", {"num_decoder_layers": 1}, "config.json: num_decoder_layers = 1: must equal num_layers = 2"),
+        ("t5", {"feed_forward_proj": "gated-relu"}, "config.json: feed_forward_proj = 'gated-relu'"),
+        ("t5", {"feed_forward_proj": "gated-gelu"}, "lacks decoder.block.0.layer.2.DenseReluDense.wi_0.weight"),
+        ("t5", {"tie_word_embeddings": False}, "lm_head.weight: is missing, and config.json says tie_word_embeddings"),
+        ("t5 v1.1", {"scale_decoder_outputs": True}, "lm_head.weight: differs from the embedding, and scaled logits"),
     ],
 )
 def test_a_model_that_is_not_ours_is_refused(tmp_path, case, changes, part):
@@ -102,6 +124,46 @@ def test_buffers_and_equal_copies_are_no_leftovers(tmp_path):
 
     change_tensors(source, add)
     assert import_hf(source, tmp_path / "checkpoint").notes == ["without a tokenizer: the directory holds none"]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("bert", "cls.predictions.decoder.weight"),
+        ("bert", "cls.predictions.decoder.bias"),
+        ("roberta", "lm_head.decoder.weight"),
+        ("bart", "lm_head.weight"),
+        ("bart", "model.decoder.embed_tokens.weight"),
+        ("t5", "encoder.embed_tokens.weight"),
+    ],
+)
+def test_a_copy_of_the_embedding_must_be_one(tmp_path, case, name):
+    source = save(build(case), tmp_path / "source")
+    original = next(copy.copies[name] for copy in FAMILIES.values() if name in copy.copies and copy.model_type == case)
+    change_tensors(source, lambda tensors: tensors.update({name: tensors[original].clone()}))
+    import_hf(source, tmp_path / "checkpoint")
+    shutil.rmtree(tmp_path / "checkpoint")
+    change_tensors(source, lambda tensors: tensors[name].add_(1))
+    refused(tmp_path, source, f"{name}: differs from {original}")
+
+
+def test_a_bias_on_the_logits_of_bart_is_refused(tmp_path):
+    source = save(build("bart"), tmp_path / "source")
+    change_tensors(source, lambda tensors: tensors["final_logits_bias"].add_(1))
+    refused(tmp_path, source, "final_logits_bias: is not zero")
+
+
+def test_an_encoder_without_its_head_is_refused(tmp_path):
+    source = save(build("bert").bert, tmp_path / "source")
+    change_config(source, {"architectures": None})
+    refused(tmp_path, source, "lacks cls.predictions.bias")
+
+
+def test_a_pooler_that_nothing_trained_is_left_out_and_named(tmp_path):
+    source = save(build("roberta"), tmp_path / "source")
+    change_tensors(source, lambda tensors: tensors.update({"roberta.pooler.dense.bias": torch.ones(32)}))
+    notes = import_hf(source, tmp_path / "checkpoint").notes
+    assert "left out: roberta.pooler.dense.bias, which no objective trains" in notes
 
 
 def test_quantized_values_are_refused(tmp_path):
@@ -177,6 +239,11 @@ def test_a_conversion_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
         ("gpt2", {"num_query_groups": 2}, "model.query_groups = 2"),
         ("gpt2", {"head_dim": 4}, "model.head_size = 4"),
         ("gpt2", {"embedding_norm": True}, "model.embedding_norm = True"),
+        ("bert", {"position_offset": 1}, "model.position_offset = 1"),
+        ("roberta", {"position_offset": 0}, "model.position_offset = 0: RoBERTa has at least 1"),
+        ("roberta", {"activation": "relu"}, "config.json: hidden_act = 'relu': must be 'gelu'"),
+        ("bart", {"position_offset": 0}, "model.position_offset = 0"),
+        ("t5", {"linear_bias": True}, "model.linear_bias = True"),
         ("llama", {"activation": "gelu"}, "model.activation = 'gelu'"),
         ("llama", {"normalization": "layernorm"}, "model.normalization = 'layernorm'"),
         ("llama", {"hidden_size": 52}, "model.hidden_size = 52: Llama has multiples of num_attention_heads = 6"),
@@ -226,7 +293,5 @@ def test_values_beyond_fp16_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_every_case_names_a_class_that_is_taken():
-    from lmscale.convert.registry import FAMILIES
-
     taken = {architecture for family in FAMILIES.values() for architecture in family.architectures}
     assert {architecture for architecture, _ in CASES.values()} <= taken
