@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "tokenizer.model"
 NUM_SENTINELS = 100
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space so, and would read the character itself back as one
-_HF_FILES = (
+HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -226,7 +226,7 @@ def hash_hf_files(path: str | Path) -> str:
     Raises:
         DataError: if the directory holds none of them.
     """
-    files = [Path(path) / name for name in _HF_FILES if (Path(path) / name).is_file()]
+    files = [Path(path) / name for name in HF_FILES if (Path(path) / name).is_file()]
     if not files:
         raise DataError("is no directory with a tokenizer of transformers", field="tokenizer.path", value=str(path))
     digest = hashlib.sha256()
