@@ -28,6 +28,9 @@ class IndexedCorpus:
         prefix: as given.
         tokens: flat memory map of all tokens, in the dtype of the file, not to be written.
         document_offsets: int64 [num_documents + 1], the first token of each document, and the end.
+        sentence_offsets: int64 [num_sentences + 1], the first token of each sentence, and the end; where the corpus has
+            no sentences, each document is one.
+        document_sentences: int64 [num_documents + 1], the first sentence of each document, and the end.
 
     Raises:
         DataError: naming the file that is missing, empty, truncated or foreign.
@@ -37,6 +40,7 @@ class IndexedCorpus:
         self.prefix = str(prefix)
         index = read_index(prefix)
         self.document_offsets = index.document_offsets
+        self.sentence_offsets, self.document_sentences = index.sentence_offsets, index.document_sentences
         self.tokens: NDArray[np.integer[Any]] = np.memmap(bin_path(prefix), index.dtype, "r")
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
@@ -46,6 +50,17 @@ class IndexedCorpus:
     def num_documents(self) -> int:
         """Documents of the corpus."""
         return len(self.document_offsets) - 1
+
+    @property
+    def num_sentences(self) -> int:
+        """Sentences of the corpus; as many as documents where it has none."""
+        return len(self.sentence_offsets) - 1
+
+    @property
+    def has_sentences(self) -> bool:
+        """Whether documents are divided into sentences."""
+        told = self.manifest is not None and self.manifest.sentences is not None
+        return told or self.num_sentences > self.num_documents
 
     @property
     def num_tokens(self) -> int:

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     pad_id: int | None
     bos_id: int | None
     eos_id: int | None
-    """Also the end of a document in an indexed corpus."""
+    """Also the end of a document in an indexed corpus, for which sep stands in where there is no eos."""
     mask_id: int | None
     cls_id: int | None
     sep_id: int | None
@@ -197,6 +197,11 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 def open_tokenizer(kind: str, path: str) -> Tokenizer:
     """Do as `load_tokenizer` does, without a config: pydantic would double the time that a worker takes to start."""
     return HfTokenizer(path) if kind == "hf" else SentencePieceTokenizer(path)
+
+
+def document_end_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that ends a document: eos, or sep of a tokenizer without it, as BERT's is."""
+    return tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id
 
 
 def tokenizer_hash(config: TokenizerConfig) -> str:
