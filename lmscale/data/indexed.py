@@ -16,6 +16,7 @@ from lmscale.errors import DataError
 
 _BLOCK_BYTES = 4096
 _NUM_BLOCKS = 256
+_NUM_LOOKED_AT = 1000
 
 
 class IndexedCorpus:
@@ -93,6 +94,19 @@ class IndexedCorpus:
     def manifest(self) -> Manifest | None:
         """What `lmscale tokenize` wrote beside the corpus; None for a corpus of another tool."""
         return read_manifest(self.prefix, self.idx_sha256)
+
+    def has_document_ends(self, end_id: int | None) -> bool:
+        """Tell whether a token that is no text stands behind each document.
+
+        The manifest says so; where there is none, the last tokens of up to 1,000 documents do.
+
+        Args:
+            end_id: that token; None where it is not known, which finds none.
+        """
+        if self.manifest is not None:
+            return self.manifest.eos_id is not None
+        sample = np.unique(np.linspace(1, self.num_documents, _NUM_LOOKED_AT).astype(np.int64))
+        return end_id is not None and bool((self.tokens[self.document_offsets[sample] - 1] == end_id).all())
 
     def check_vocabulary(self, vocab_size: int, tokenizer_hash: str | None = None) -> None:
         """Check that the corpus is of a model's vocabulary, as far as its manifest tells.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.manifest import Manifest
@@ -65,6 +67,12 @@ def random_sentences(num_documents: int, seed: int = 0, most: int = 12, longest:
         [rng.integers(10, 1000, rng.integers(1, longest + 1)).tolist() for _ in range(rng.integers(1, most + 1))]
         for _ in range(num_documents)
     ]
+
+
+def keys_of(numbers: Any, epoch: int = 0, seed: int = 0, source: int = 0) -> NDArray[np.int64]:
+    """Name samples of one epoch of a source."""
+    numbers = np.asarray(numbers)
+    return np.stack([np.full_like(numbers, value) for value in (seed, source, epoch)] + [numbers], axis=1)
 
 
 def random_documents(num_documents: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
