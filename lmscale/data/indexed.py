@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lmscale.data.index_file import bin_path, idx_path, read_index
 from lmscale.data.manifest import Manifest, read_manifest, sha256_of_file
+from lmscale.data.tokenizer import padded_sizes
 from lmscale.errors import DataError
 
 _BLOCK_BYTES = 4096
@@ -108,7 +109,7 @@ class IndexedCorpus:
         sample = np.unique(np.linspace(1, self.num_documents, _NUM_LOOKED_AT).astype(np.int64))
         return end_id is not None and bool((self.tokens[self.document_offsets[sample] - 1] == end_id).all())
 
-    def check_vocabulary(self, vocab_size: int, tokenizer_hash: str | None = None) -> None:
+    def check_vocabulary(self, vocab_size: int, tokenizer_hash: str | None = None, multiple: int = 1) -> None:
         """Check that the corpus is of a model's vocabulary, as far as its manifest tells.
 
         Without a manifest nothing is known here, and the loader's check of each batch remains.
@@ -116,6 +117,7 @@ class IndexedCorpus:
         Args:
             vocab_size: of the model.
             tokenizer_hash: `content_hash` of the run's tokenizer; None leaves it out.
+            multiple: the model's vocabulary may also be the tokenizer's, rounded up to a multiple of this.
 
         Raises:
             DataError: if the corpus was made with another vocabulary.
@@ -123,7 +125,7 @@ class IndexedCorpus:
         manifest = self.manifest
         if manifest is None:
             return
-        if manifest.vocab_size != vocab_size:
+        if vocab_size not in padded_sizes(manifest.vocab_size, multiple):
             raise DataError(
                 f"was tokenized with a vocabulary of {manifest.vocab_size}, and model.vocab_size is {vocab_size}",
                 field=self.prefix,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lmscale.config.lengths import SampleLengths
 from lmscale.config.objective import ObjectiveConfig
-from lmscale.objectives.base import Objective
+from lmscale.objectives.base import Objective, Vocabulary
 from lmscale.objectives.causal_lm import CausalLM
 
 _BUILDERS: dict[str, Callable[[ObjectiveConfig], Objective]] = {
@@ -13,6 +14,6 @@ _BUILDERS: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 }
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
+def build_objective(config: ObjectiveConfig, lengths: SampleLengths, vocabulary: Vocabulary) -> Objective:
     """Build the objective that a config names."""
     return _BUILDERS[config.name](config)
