@@ -20,7 +20,7 @@ class SentenceSplitter:
     """Divides a document into sentences whose concatenation is the document.
 
     White space stays with the sentence before it, but for one space directly in front of a sentence, which goes with
-    that: tokenizers make one piece of a space and the word behind it, and so the pieces are those of the running text.
+    that: tokenizers make one piece of a space and the word behind it, and so prose has the pieces of its running text.
     What is nothing but white space is no sentence of its own.
 
     Attributes:
