@@ -40,6 +40,11 @@ class Vocabulary:
     is_word_start: NDArray[np.bool_] | None = None
     full_stop_id: int | None = None
 
+    @property
+    def document_end_id(self) -> int | None:
+        """The id that ends a document in a corpus: eos, or sep of a tokenizer without it."""
+        return self.sep_id if self.eos_id is None else self.eos_id
+
 
 _MEANINGS = {
     "pad_id": "token for padding",
