@@ -166,7 +166,8 @@ def test_special_tokens_stand_around_a_text_as_in_training(tmp_path, architectur
     pair = theirs("A", "l", return_token_type_ids=True)
     assert theirs.convert_ids_to_tokens(theirs("A")["input_ids"]) == one.split()
     assert theirs.convert_ids_to_tokens(pair["input_ids"]) == two.replace("B", "l").split()
-    assert pair["token_type_ids"] == ([0, 0, 0, 1, 1] if architecture == "bert" else [0] * len(pair["input_ids"]))
+    types = {"gpt": [0, 1], "bert": [0, 0, 0, 1, 1]}
+    assert pair["token_type_ids"] == types.get(architecture, [0] * len(pair["input_ids"]))
 
 
 def test_a_sentencepiece_model_that_changes_text_is_copied_and_said_so(tmp_path):
