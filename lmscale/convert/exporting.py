@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from lmscale.convert.importing import Converted
 from lmscale.convert.mapping import Entry
 from lmscale.convert.output import check_free, new_directory
 from lmscale.convert.registry import family_to_export
+from lmscale.convert.sentencepiece_to_hf import write_hf_tokenizer
 from lmscale.convert.shapes import logical_shape
 from lmscale.convert.tokenizer_files import SPECIAL, copy_to_hf, special_ids
-from lmscale.data.tokenizer import SentencePieceTokenizer, sentencepiece_file
+from lmscale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, sentencepiece_file
 from lmscale.errors import CheckpointError, ConversionError
 from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader, resolve_checkpoint
 
@@ -166,5 +168,7 @@ def _write_tokenizer(config: RunConfig, path: Path, partial: Path) -> list[str]:
         copy_to_hf(copy, partial)
         return []
     file = _model_file(config, copy)
-    (partial / "tokenizer.model").write_bytes(file.read_bytes())
+    if write_hf_tokenizer(file, partial, config.model.architecture):
+        return []
+    shutil.copyfile(file, partial / MODEL_FILE)
     return ["the tokenizer is copied as tokenizer.model: read it with sentencepiece, AutoTokenizer cannot"]

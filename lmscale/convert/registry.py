@@ -21,7 +21,7 @@ def family_to_import(hf: HfConfig) -> Family:
         ConversionError: if it is none of ours, is quantized, or has a head that ours has not.
     """
     name = hf.get("model_type", None)
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise ConversionError(f"cannot be converted: there are {supported}", field=f"{FILE}: model_type", value=name)
     hf.only("quantization_config", None, rule="quantized weights cannot be taken")

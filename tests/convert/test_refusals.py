@@ -49,6 +49,7 @@ def refused(tmp_path: Path, source: Path, part: str, kind: type[Exception] = Con
             {"model_type": "mamba"},
             "config.json: model_type = 'mamba': cannot be converted: there are gpt2, llama",
         ),
+        ("gpt2", {"model_type": ["gpt2"]}, "config.json: model_type = ['gpt2']"),
         ("gpt2", {"model_type": None}, "config.json: model_type = None"),
         ("gpt2", {"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantized weights cannot be taken"),
