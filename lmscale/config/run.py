@@ -83,6 +83,7 @@ def check_run(config: RunConfig, zero: ZeroChoice, world_size: int) -> None:
     """
     for rule in CROSS_SECTION_RULES:
         rule(config)
+    _tokenizer_is_there(config)
     _offload_has_the_optimizer(config, zero)
     check_layout(
         Layout(
@@ -97,6 +98,16 @@ def check_run(config: RunConfig, zero: ZeroChoice, world_size: int) -> None:
         )
     )
     dp_size_of(config, world_size)
+
+
+def _tokenizer_is_there(config: RunConfig) -> None:
+    """Ask for the tokenizer where training needs it; weights alone do without."""
+    if config.objective.name != "causal_lm" and config.tokenizer is None:
+        raise ConfigError(
+            f"is required by objective {config.objective.name}, for its special ids",
+            field="tokenizer",
+            remedy="add the section",
+        )
 
 
 def _offload_has_the_optimizer(config: RunConfig, zero: ZeroChoice) -> None:
@@ -228,10 +239,6 @@ def _objective_fits_architecture(config: RunConfig) -> None:
             field="data.reset_attention_mask",
             value=True,
             remedy="leave it out",
-        )
-    if config.objective.name != "causal_lm" and config.tokenizer is None:
-        raise ConfigError(
-            f"is required by objective {objective}, for its special ids", field="tokenizer", remedy="add the section"
         )
 
 

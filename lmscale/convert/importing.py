@@ -96,10 +96,8 @@ def _run_config(model: dict[str, Any], with_tokenizer: Path | None) -> RunConfig
             "output_dir": ".",
         }
     )
-    # An objective of masks asks for a tokenizer; weights can be imported without one.
-    if config.tokenizer is not None or config.objective.name == "causal_lm":
-        for rule in CROSS_SECTION_RULES:
-            rule(config)
+    for rule in CROSS_SECTION_RULES:
+        rule(config)
     return config
 
 
@@ -165,7 +163,7 @@ def _tokenizer_notes(source: Path, entries: int | None, model: ModelConfig) -> l
             field=str(source),
             remedy="put the model's own tokenizer there, or none",
         )
-    if entries == model.vocab_size:
+    if model.vocab_size in (entries, -(-entries // VOCAB_MULTIPLE) * VOCAB_MULTIPLE):
         return []
     return [
         f"the tokenizer has {entries} ids, the table {model.vocab_size} rows: train with model.vocab_size={entries}"
