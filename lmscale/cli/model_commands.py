@@ -20,7 +20,7 @@ import typer
 from lmscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from lmscale.evaluate.inference import LanguageModel
+    from lmscale.evaluate.model import TrainedModel
     from lmscale.evaluate.perplexity import HeldOutLoss
 
 
@@ -41,22 +41,42 @@ PrecisionOption = Annotated[Precision | None, typer.Option(help="Left out: the r
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The text to continue (gpt) or to complete: gaps are written <mask>, or <extra_id_0> ... (t5)."
+        ),
+    ],
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Left out: 128, or what the prompt leaves of the model's positions.")
+        int | None,
+        typer.Option(help="Left out: 128, or what there is of the model's positions. Not read by bert and roberta."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; lower is less varied.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest tokens.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; lower is less varied. Left out: 1; with bert and roberta, 0."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw among the K likeliest tokens. Greedy bert and roberta: show them, for each mask."),
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to P.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds, equal text. Left out: another text each time.")] = None,
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> None:
-    """Write text: the prompt and how a checkpoint goes on from it, to the end of the document or of the room."""
+    """Write text. What is written depends on the checkpoint's architecture.
+
+    gpt: the prompt and how the model goes on from it, to the end of the document or of the room. bert, roberta: the
+    prompt with its masks filled. bart: the text that the model makes of the prompt. t5: likewise or, where the prompt
+    has sentinels, the prompt with their spans filled in.
+    """
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = {name: value for name, value in {**options, "seed": seed}.items() if value is not None}
     with _opened(checkpoint, device, precision) as model:
-        (text,) = model.generate(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        lines = _candidates(model, prompt, options) if model.config.model.is_encoder_only else []
+        lines = [*model.generate(prompt, **options), *lines]
     if _is_first_rank():
-        typer.echo(text)
+        typer.echo("\n".join(lines))
 
 
 def evaluate(
@@ -123,7 +143,7 @@ def verify(
 
 
 @contextlib.contextmanager
-def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -> Iterator[LanguageModel]:
+def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -> Iterator[TrainedModel]:
     """Load a model, and leave its process groups at the end."""
     if not checkpoint.is_dir():
         raise CheckpointError("does not exist", field="checkpoint", value=str(checkpoint))
@@ -159,6 +179,21 @@ def _without_compiler() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile
+
+
+def _candidates(model: TrainedModel, prompt: str, options: dict[str, Any]) -> list[str]:
+    """Describe the likeliest tokens of each mask, where they are asked for and not to be drawn among."""
+    if "max_new_tokens" in options:
+        raise ConfigError(
+            f"is not read by {model.config.model.architecture}, which fills masks",
+            field="--max-new-tokens",
+            value=options["max_new_tokens"],
+            remedy="leave it out",
+        )
+    if "top_k" not in options or options.get("temperature"):
+        return []
+    rows = enumerate(model.fill(prompt, options["top_k"]), start=1)
+    return [f"mask {number}: " + ", ".join(f"{c.text!r} {c.probability:.4f}" for c in row) for number, row in rows]
 
 
 def _is_first_rank() -> bool:

@@ -16,7 +16,7 @@ from lmscale.data.blend import Blend
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.tokenizer import tokenizer_hash
 from lmscale.data.windows import Windows
-from lmscale.evaluate.inference import LanguageModel
+from lmscale.evaluate.model import TrainedModel
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.models.loss import LanguageModelLoss
 from lmscale.objectives.base import Arrays
@@ -46,7 +46,7 @@ class HeldOutLoss:
 
 
 def measure_corpus(
-    model: LanguageModel, prefix: str, batch_size: int | None = None, show_progress: bool = False
+    model: TrainedModel, prefix: str, batch_size: int | None = None, show_progress: bool = False
 ) -> HeldOutLoss:
     """Measure a model on every window of a corpus, as training measures its held-out corpora.
 
@@ -86,7 +86,7 @@ def measure_corpus(
     return HeldOutLoss(str(prefix), len(windows), count, total / max(1, count))
 
 
-def _batches(model: LanguageModel, windows: Windows, size: int) -> Iterator[Arrays]:
+def _batches(model: TrainedModel, windows: Windows, size: int) -> Iterator[Arrays]:
     config = model.config
     blend = Blend([windows], [1.0], config.train.seed)
     isolates = config.data.reset_attention_mask
@@ -97,7 +97,7 @@ def _batches(model: LanguageModel, windows: Windows, size: int) -> Iterator[Arra
 
 
 @torch.no_grad()
-def _summed_loss(model: LanguageModel, batch: Arrays) -> float:
+def _summed_loss(model: TrainedModel, batch: Arrays) -> float:
     """Sum the cross entropy of a batch's counted labels, in nats, the same on every rank."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in batch.items()}
     tokens = tensors["tokens"]
