@@ -60,9 +60,9 @@ class EncoderDecoderModel(TrainedModel):
             ConfigError: before anything is computed: if a prompt is longer than model.max_position_embeddings, or an
                 option is out of range.
         """
-        ids = self._encode(prompts)
+        ids = self.encode(prompts)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        new = self.generate_ids(ids, max_new_tokens, sampling, self._special("eos") if stop_at_eos else None)
+        new = self.generate_ids(ids, max_new_tokens, sampling, self.special_id("eos") if stop_at_eos else None)
         sentinels = self.tokenizer.sentinel_ids
         rows = zip(ids, new, strict=True)
         filled = [fill_spans(old, out, sentinels) if set(sentinels) & set(old) else out for old, out in rows]
@@ -137,7 +137,7 @@ class EncoderDecoderModel(TrainedModel):
         Raises:
             ConfigError: if the numbers differ, or a text is longer than model.max_position_embeddings.
         """
-        pairs = self._encode(sources), self._encode(targets)
+        pairs = self.encode(sources), self.encode(targets)
         if len(pairs[0]) != len(pairs[1]):
             rule = f"there are {len(pairs[0])} sources"
             raise ConfigError(rule, field="targets", value=len(pairs[1]), remedy="give one target for each source")
@@ -192,13 +192,13 @@ class EncoderDecoderModel(TrainedModel):
     def _start(self) -> list[int]:
         """What the decoder reads before the first token that it chooses."""
         if self.config.model.architecture == "t5":
-            return [self._special("pad")]
-        return [self._special("eos"), self._special("bos")]
+            return [self.special_id("pad")]
+        return [self.special_id("eos"), self.special_id("bos")]
 
     def _sources(self, sources: Sequence[Sequence[int]]) -> Padded:
         """Check texts and put them between the encoder's special tokens, as a batch."""
-        first = [] if self.config.model.architecture == "t5" else [self._special("bos")]
-        sequences = [[*first, *ids, self._special("eos")] for ids in sources]
+        first = [] if self.config.model.architecture == "t5" else [self.special_id("bos")]
+        sequences = [[*first, *ids, self.special_id("eos")] for ids in sources]
         check_sequences(sequences, self.config.model)
         return pad_right(sequences, self.device, self.tokenizer.pad_id or 0)
 

@@ -92,7 +92,7 @@ class LanguageModel(TrainedModel):
             ConfigError: before anything is computed: if a prompt is empty or, with the new tokens, longer than
                 model.max_position_embeddings, or an option is out of range.
         """
-        ids = self._encode(prompts)
+        ids = self.encode(prompts)
         sampling = Sampling(temperature, top_k, top_p, seed)
         stop_id = self.tokenizer.eos_id if stop_at_eos else None
         new = self.generate_ids(ids, max_new_tokens, sampling, stop_id)
@@ -164,7 +164,7 @@ class LanguageModel(TrainedModel):
         Raises:
             ConfigError: if a text is empty or longer than model.max_position_embeddings.
         """
-        sequences = self._encode(texts)
+        sequences = self.encode(texts)
         check_sequences(sequences, self.config.model)
         return self.score_ids(sequences, batch_size)
 
@@ -204,7 +204,7 @@ class LanguageModel(TrainedModel):
         Raises:
             ConfigError: if the text is empty or longer than model.max_position_embeddings.
         """
-        (ids,) = self._encode(text)
+        (ids,) = self.encode(text)
         check_sequences([ids], self.config.model)
         states: list[torch.Tensor] = []
 

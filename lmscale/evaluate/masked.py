@@ -63,7 +63,7 @@ class MaskedModel(TrainedModel):
                 model.max_position_embeddings, or an option is out of range.
         """
         sampler = Sampler(Sampling(temperature, top_k, top_p, seed), self.device)
-        rows = self._encode(prompts)
+        rows = self.encode(prompts)
         if not rows:
             return []
         places = [self._places(ids) for ids in rows]
@@ -91,7 +91,7 @@ class MaskedModel(TrainedModel):
         """
         if top_k < 1:
             raise ConfigError("must be at least 1", field="top_k", value=top_k)
-        rows = self._encode(text)
+        rows = self.encode(text)
         logits = self._masked_logits(rows, [self._places(ids) for ids in rows])
         probabilities, ids = logits.softmax(dim=-1).topk(min(top_k, logits.size(-1)), dim=-1)
         return [
@@ -132,7 +132,7 @@ class MaskedModel(TrainedModel):
     def _masked_logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read texts between their special tokens: the logits of all masks, one behind the other, [masks, vocab_size]."""
         ends = ("cls", "sep") if self.config.model.architecture == "bert" else ("bos", "eos")
-        first, last = (self._special(name) for name in ends)
+        first, last = (self.special_id(name) for name in ends)
         sequences = [[first, *ids, last] for ids in rows]
         check_sequences(sequences, self.config.model)
         padded = pad_right(sequences, self.device, self.tokenizer.pad_id or 0)
@@ -142,7 +142,7 @@ class MaskedModel(TrainedModel):
 
     def _places(self, ids: Sequence[int]) -> list[int]:
         """Find the masks."""
-        mask_id = self._special("mask")
+        mask_id = self.special_id("mask")
         places = [place for place, token in enumerate(ids) if token == mask_id]
         if not places:
             mark = self.tokenizer.mask_text or "its mask"
@@ -150,5 +150,5 @@ class MaskedModel(TrainedModel):
         return places
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        mark, mask_id = self.tokenizer.mask_text, self._special("mask")
+        mark, mask_id = self.tokenizer.mask_text, self.special_id("mask")
         return encode_marked(self.tokenizer, texts, {mark: mask_id} if mark is not None else {})

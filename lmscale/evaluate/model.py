@@ -126,7 +126,7 @@ class TrainedModel:
         names = (TOKENS.name, *self.context.wire.carried)
         return tuple(fields[name].to(self.device) for name in names)
 
-    def _special(self, name: str) -> int:
+    def special_id(self, name: str) -> int:
         """Return the id of a special token (pad, bos, eos, mask, cls or sep).
 
         Raises:
@@ -201,7 +201,8 @@ class TrainedModel:
                 break
         return [_until(row, stop_id) for row in torch.stack(written, dim=1).tolist()]
 
-    def _encode(self, prompts: Prompts) -> list[list[int]]:
+    def encode(self, prompts: Prompts) -> list[list[int]]:
+        """Encode a text or texts, without the special tokens at their ends; token ids stay as they are."""
         if isinstance(prompts, str):
             return self._encode_texts([prompts])
         if _are_texts(prompts):
