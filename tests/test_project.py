@@ -33,7 +33,8 @@ def commands(program: str) -> list[list[str]]:
     """Collect the arguments of each call of a program in the pages and in the headers of the recipes, once each."""
     lines = [line for page in PAGES for line in shell_lines(page)]
     for recipe in sorted((ROOT / "launch" / "runs").glob("*.yaml")):
-        lines += [line.removeprefix("#") for line in recipe.read_text().splitlines() if line.startswith("#   ")]
+        text = re.sub(r" \\\n# +", " ", recipe.read_text())
+        lines += [line.removeprefix("#") for line in text.splitlines() if line.startswith("#   ")]
     words = (shlex.split(line, comments=True) for line in lines)
     found = {tuple(line[1:]) for line in words if line and Path(line[0]).name == program}
     return [list(arguments) for arguments in sorted(found)]

@@ -12,6 +12,7 @@ from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed
 from lmscale.config.io import load_run
 from lmscale.config.run import RunConfig, check_run, dp_size_of
 from lmscale.optim.lr import lr_at
+from lmscale.plan.params import num_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
@@ -40,6 +41,10 @@ SIZES = {
     "13b": Size(40, 5120, 40, 1024, 1.0e-4, 0.008, 11e9),
     "175b": Size(96, 12288, 96, 1536, 0.6e-4, 0.005, 12e9),
 }
+OTHER_RUNS = {
+    *(f"bert-{size}-{length}" for size in ("base", "large") for length in (128, 512)),
+    *(f"{family}-{size}" for family in ("roberta", "bart") for size in ("base", "large")),
+}
 GPT3_RUNS = [(name, variant) for name in SIZES for variant in ("paper", "modern")]
 
 
@@ -62,8 +67,8 @@ def num_devices(path: Path) -> int:
     return int(found[1])
 
 
-def test_each_gpt3_size_has_both_variants_and_nothing_else_is_there() -> None:
-    assert {path.stem for path in RUNS} == {f"gpt3-{n}-{v}" for n, v in GPT3_RUNS} | {"quickstart"}
+def test_each_model_has_its_runs_and_nothing_else_is_there() -> None:
+    assert {path.stem for path in RUNS} == {f"gpt3-{n}-{v}" for n, v in GPT3_RUNS} | OTHER_RUNS | {"quickstart"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -144,6 +149,54 @@ def test_variants_use_tensor_parallelism_within_a_host_of_eight(name: str) -> No
         assert config.parallel.sequence_parallel == (config.parallel.tp_size > 1)
 
 
+class Adam(NamedTuple):
+    """Constants of an optimizer, as a paper or its code has them."""
+
+    lr: float
+    beta2: float
+    eps: float
+    clip: float
+    warmup_steps: int
+    steps: int
+    batch: int
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "adam"),
+    [
+        ("bert-base-128", 128, Adam(1e-4, 0.999, 1e-6, 1.0, 10_000, 1_000_000, 256)),
+        ("bert-large-128", 128, Adam(1e-4, 0.999, 1e-6, 1.0, 10_000, 1_000_000, 256)),
+        ("bert-base-512", 512, Adam(1e-5, 0.999, 1e-6, 1.0, 0, 100_000, 256)),
+        ("roberta-base", 512, Adam(6e-4, 0.98, 1e-6, 0.0, 24_000, 500_000, 8192)),
+        ("roberta-large", 512, Adam(4e-4, 0.98, 1e-6, 0.0, 30_000, 500_000, 8192)),
+        ("bart-large", 512, Adam(4e-4, 0.999, 1e-8, 0.1, 10_000, 500_000, 8000)),
+    ],
+)
+def test_other_runs_have_the_numbers_of_their_papers(name: str, length: int, adam: Adam) -> None:
+    config = load_run(ROOT / "launch" / "runs" / f"{name}.yaml")
+    optim, tokens = config.optim, config.batch.global_batch_size * config.lengths.nominal
+    assert (config.data.seq_length, config.batch.global_batch_size) == (length, adam.batch)
+    assert (optim.lr, optim.adam_beta1, optim.adam_beta2, optim.adam_eps) == (adam.lr, 0.9, adam.beta2, adam.eps)
+    assert (optim.weight_decay, optim.max_grad_norm, optim.lr_decay_style) == (0.01, adam.clip, "linear")
+    assert optim.lr_warmup_tokens == adam.warmup_steps * tokens
+    assert optim.lr_decay_tokens == adam.steps * tokens
+    assert (optim.adam_bias_correction, optim.adam_eps_mode) == (
+        (False, "corrected") if name.startswith("bert") else (True, "raw")
+    )
+    assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_berts_two_phases_make_one_schedule(size: str) -> None:
+    first, second = (load_run(ROOT / "launch" / "runs" / f"bert-{size}-{length}.yaml") for length in (128, 512))
+    step = first.batch.global_batch_size * first.lengths.nominal
+    assert first.train.stop_at_step is not None
+    last = lr_at(first.train.stop_at_step * step, first.optim, first.train.train_tokens)
+    begins = lr_at(1, second.optim, second.train.train_tokens)
+    assert begins == pytest.approx(last, rel=0.02)
+    assert second.model.init_from == first.output_dir
+
+
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_bytes_of_state_in_the_header_follow_the_formula(path: Path) -> None:
     """Weights and gradients in half precision (fp32 gradients with bf16), 12 bytes of optimizer over the ranks."""
@@ -154,8 +207,6 @@ def test_bytes_of_state_in_the_header_follow_the_formula(path: Path) -> None:
     assert found
     config, devices = load_run(path), num_devices(path)
     model, parallel = config.model, config.parallel
-    matrices = model.num_layers * 12 * model.hidden_size**2 + (model.vocab_size + SEQ_LENGTH) * model.hidden_size
     per_parameter = (4 if config.precision == "fp16" else 6) + 12 / dp_size_of(config, devices)
-    expected = matrices / (parallel.tp_size * parallel.pp_size) * per_parameter / 1e9
-    # The header rounds to 0.1 GB, and counts biases and norms, which are under 1 %.
+    expected = num_parameters(model) / (parallel.tp_size * parallel.pp_size) * per_parameter / 1e9
     assert float(found[1]) == pytest.approx(expected, rel=0.01, abs=0.06)

@@ -36,6 +36,13 @@ class TokenizerType(StrEnum):
     hf = "hf"
 
 
+class SentenceKind(StrEnum):
+    """Ways to divide a document into sentences."""
+
+    SPLIT = "split"
+    LINES = "lines"
+
+
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -86,14 +93,23 @@ def tokenize(
     json_key: JsonKey = "text",
     strict: Strict = False,
     tokenizer_type: TokenizerKind = TokenizerType.sentencepiece,
+    sentences: Annotated[
+        SentenceKind | None,
+        typer.Option(
+            help="Keep sentences, as bert, roberta and bart read them: split finds them, lines has one a line."
+        ),
+    ] = None,
+    language: Annotated[str, typer.Option(help="ISO 639 code of the text, for --sentences split.")] = "en",
     more: More = None,
 ) -> None:
     """Tokenize a corpus into PREFIX.bin and PREFIX.idx, which appear together when whole."""
     from lmscale.config.data import TokenizerConfig
     from lmscale.data.encode import encode_corpus
+    from lmscale.data.sentences import SentenceSplitter
 
     config = TokenizerConfig(type=tokenizer_type.value, path=tokenizer)
-    result = encode_corpus([*input, *(more or [])], config, output, workers, json_key, strict)
+    splitter = None if sentences is None else SentenceSplitter(sentences.value, language)
+    result = encode_corpus([*input, *(more or [])], config, output, workers, json_key, strict, splitter=splitter)
     manifest = result.manifest
     typer.echo(
         f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
@@ -139,6 +155,9 @@ def _summary(corpus: IndexedCorpus) -> Table:
     table.add_column(overflow="fold")
     lengths = np.quantile(np.diff(corpus.document_offsets), _QUANTILES, method="nearest")
     table.add_row("documents", f"{corpus.num_documents:,}")
+    if corpus.has_sentences:
+        how = corpus.manifest.sentences if corpus.manifest is not None else "of another tool"
+        table.add_row("sentences", f"{corpus.num_sentences:,} ({how})")
     table.add_row("tokens", f"{corpus.num_tokens:,}")
     table.add_row("dtype", f"{corpus.tokens.dtype}, {corpus.tokens.nbytes:,} bytes")
     for share, length in zip(_QUANTILES, lengths, strict=True):

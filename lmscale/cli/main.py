@@ -27,6 +27,8 @@ COMMANDS: dict[str, _Entry] = {
     "data": _Entry("data_commands", "data_app", "Look into tokenized corpora."),
     "generate": _Entry("model_commands", "generate", "Write text with a checkpoint."),
     "evaluate": _Entry("model_commands", "evaluate", "Measure a checkpoint on held-out text."),
+    "import-hf": _Entry("convert_commands", "import_hf", "Make a checkpoint from a Hugging Face directory."),
+    "export-hf": _Entry("convert_commands", "export_hf", "Make a Hugging Face directory from a checkpoint."),
     "verify": _Entry("model_commands", "verify", "Train a shrunk copy of a run on every legal layout and compare."),
     "doctor": _Entry("launch_commands", "doctor", "Show what this machine has and lacks for training."),
 }

@@ -61,6 +61,11 @@ class OptimConfig(Section):
     """Decay of the second moment."""
     adam_eps: float = Field(1.0e-8, gt=0)
     """Added to the root of the second moment."""
+    adam_eps_mode: Literal["corrected", "raw"] = "corrected"
+    """corrected: eps is added behind the bias correction (the paper, torch); raw: before it (fairseq's RoBERTa and BART).
+    Read with adam_bias_correction: true only; without a correction there is no difference."""
+    adam_bias_correction: bool = True
+    """Correct the moments for their start at zero; BERT did not."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled so that their global L2 norm is at most this; 0 turns clipping off."""
     lr_warmup_tokens: int = Field(0, ge=0)

@@ -83,6 +83,8 @@ def check_run(config: RunConfig, zero: ZeroChoice, world_size: int) -> None:
     """
     for rule in CROSS_SECTION_RULES:
         rule(config)
+    _tokenizer_is_there(config)
+    _offload_has_the_optimizer(config, zero)
     check_layout(
         Layout(
             zero_stage=zero.stage,
@@ -96,6 +98,28 @@ def check_run(config: RunConfig, zero: ZeroChoice, world_size: int) -> None:
         )
     )
     dp_size_of(config, world_size)
+
+
+def _tokenizer_is_there(config: RunConfig) -> None:
+    """Ask for the tokenizer where training needs it; weights alone do without."""
+    if config.objective.name != "causal_lm" and config.tokenizer is None:
+        raise ConfigError(
+            f"is required by objective {config.objective.name}, for its special ids",
+            field="tokenizer",
+            remedy="add the section",
+        )
+
+
+def _offload_has_the_optimizer(config: RunConfig, zero: ZeroChoice) -> None:
+    for key in ("adam_eps_mode", "adam_bias_correction"):
+        value = getattr(config.optim, key)
+        if zero.offload_optimizer and value != OptimConfig.model_fields[key].default:
+            raise ConfigError(
+                "DeepSpeed's CPU Adam, which offload_optimizer takes, has no such choice",
+                field=f"optim.{key}",
+                value=value,
+                remedy="leave it out, or offload_optimizer",
+            )
 
 
 def dp_size_of(config: RunConfig, world_size: int) -> int:
@@ -216,10 +240,6 @@ def _objective_fits_architecture(config: RunConfig) -> None:
             value=True,
             remedy="leave it out",
         )
-    if config.objective.name != "causal_lm" and config.tokenizer is None:
-        raise ConfigError(
-            f"is required by objective {objective}, for its special ids", field="tokenizer", remedy="add the section"
-        )
 
 
 def _architecture_is_built(config: RunConfig) -> None:
@@ -325,7 +345,17 @@ def _loss_scale_needs_fp16(config: RunConfig) -> None:
 
 
 def _options_are_read(config: RunConfig) -> None:
-    model = config.model
+    model, optim = config.model, config.optim
+    if optim.adam_eps_mode == "raw" and not optim.adam_bias_correction:
+        raise ConfigError(
+            "is read with optim.adam_bias_correction: true only", field="optim.adam_eps_mode", value="raw"
+        )
+    if optim.name != "adamw":
+        for key in ("adam_beta1", "adam_beta2", "adam_eps", "adam_eps_mode", "adam_bias_correction"):
+            if getattr(optim, key) != OptimConfig.model_fields[key].default:
+                raise ConfigError(
+                    "is read with optim.name: adamw only", field=f"optim.{key}", value=getattr(optim, key)
+                )
     if model.position_embedding != "rope" and model.rope_theta != ModelConfig.model_fields["rope_theta"].default:
         raise ConfigError(
             "is read with model.position_embedding: rope only", field="model.rope_theta", value=model.rope_theta

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from lmscale.data.corpus import Record, Skipped, SkipReport, expand_inputs, parse_record, read_records
 from lmscale.data.index_file import dtype_for
 from lmscale.data.manifest import Manifest
-from lmscale.data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
+from lmscale.data.sentences import SentenceSplitter
+from lmscale.data.tokenizer import Tokenizer, document_end_id, load_tokenizer, open_tokenizer
 from lmscale.data.writer import CorpusWriter
 from lmscale.errors import DataError, RunError
 
@@ -51,10 +52,11 @@ class EncodeResult:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A chunk on its way back: `tokens` of all its documents, `lengths` int32 [documents]."""
+    """A chunk on its way back: `tokens` of all its documents, `lengths` int32 [sentences], `counts` int32 [documents]."""
 
     tokens: bytes
     lengths: NDArray[np.int32]
+    counts: NDArray[np.int32]
     skipped: list[Skipped]
 
 
@@ -65,17 +67,33 @@ class _Encoder:
     tokenizer: Tokenizer
     json_key: str
     end_id: int | None
+    splitter: SentenceSplitter | None
 
     def __call__(self, records: list[Record]) -> _Encoded:
         parsed = [parse_record(record, self.json_key) for record in records]
-        ids = self.tokenizer.encode_batch([text for text in parsed if isinstance(text, str)])
-        if self.end_id is not None:
-            for document in ids:
-                document.append(self.end_id)
+        ids, counts = self._encode([text for text in parsed if isinstance(text, str)])
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         dtype = dtype_for(self.tokenizer.vocab_size)
         tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype, int(lengths.sum(dtype=np.int64)))
-        return _Encoded(tokens.tobytes(), lengths, [found for found in parsed if isinstance(found, Skipped)])
+        skipped = [found for found in parsed if isinstance(found, Skipped)]
+        return _Encoded(tokens.tobytes(), lengths, np.array(counts, np.int32), skipped)
+
+    def _encode(self, texts: list[str]) -> tuple[list[list[int]], list[int]]:
+        """Return the ids of each sentence, and the number of sentences of each document."""
+        divided = [[text] if self.splitter is None else self.splitter(text) for text in texts]
+        encoded = iter(self.tokenizer.encode_batch(list(itertools.chain.from_iterable(divided))))
+        ids: list[list[int]] = []
+        counts = []
+        for sentences in divided:
+            document = list(itertools.islice(encoded, len(sentences)))
+            if self.splitter is not None:
+                # A tokenizer that drops white space makes nothing of some.
+                document = [sentence for sentence in document if sentence] or document[:1]
+            if self.end_id is not None:
+                document[-1].append(self.end_id)
+            ids += document
+            counts.append(len(document))
+        return ids, counts
 
 
 def encode_corpus(
@@ -86,11 +104,12 @@ def encode_corpus(
     json_key: str = "text",
     strict: bool = False,
     append_eod: bool = True,
+    splitter: SentenceSplitter | None = None,
 ) -> EncodeResult:
     """Tokenize a corpus into PREFIX.bin, PREFIX.idx and PREFIX.json, which appear together, when whole.
 
     The output is the same for every number of workers. Memory holds a few chunks of 128 KiB of text for each worker (a
-    longer document is a chunk of its own) and 4 bytes for each document.
+    longer document is a chunk of its own), 4 bytes for each sentence and 4 for each document.
 
     Args:
         inputs: globs of .txt and .jsonl files, also .gz and .zst.
@@ -100,7 +119,8 @@ def encode_corpus(
             More than one needs what multiprocessing's "spawn" needs: a script guards its main.
         json_key: the key of the text in JSON lines.
         strict: stop at a broken line, in the place of skipping and counting it.
-        append_eod: put the tokenizer's eos id behind each document.
+        append_eod: put the tokenizer's eos id, or its sep id where it has no eos, behind each document.
+        splitter: makes a sequence of each sentence, the document end in the last; None makes one of each document.
 
     Raises:
         DataError: if the input or the tokenizer cannot be used, or no document is left.
@@ -108,12 +128,12 @@ def encode_corpus(
     """
     began = time.perf_counter()
     tokenizer = load_tokenizer(tokenizer_config)
-    end_id = tokenizer.eos_id if append_eod else None
+    end_id = document_end_id(tokenizer) if append_eod else None
     if append_eod and end_id is None:
         raise DataError("has no eos id to end documents with", field="tokenizer", value=tokenizer_config.path)
     paths = expand_inputs(inputs)
     report = SkipReport(strict)
-    encoder = _Encoder(tokenizer, json_key, end_id)
+    encoder = _Encoder(tokenizer, json_key, end_id, splitter)
     with (
         CorpusWriter(output_prefix, dtype_for(tokenizer.vocab_size)) as writer,
         _mapper(workers or len(os.sched_getaffinity(0)), encoder, tokenizer_config) as encode,
@@ -122,7 +142,7 @@ def encode_corpus(
         for chunk in encode(_chunks(read_records(paths, advance))):
             for skipped in chunk.skipped:
                 report.add(skipped)
-            writer.append(chunk.tokens, chunk.lengths)
+            writer.append(chunk.tokens, chunk.lengths, chunk.counts)
         if writer.num_documents == 0:
             raise DataError("holds no documents", field="--input", value=" ".join(inputs))
         manifest = writer.finish(lambda sha256, size: _manifest(encoder, writer, report, sha256, size))
@@ -139,6 +159,7 @@ def _manifest(encoder: _Encoder, writer: CorpusWriter, report: SkipReport, idx_s
         skipped=dict(report.counts),
         idx_sha256=idx_sha256,
         bin_bytes=bin_bytes,
+        sentences=None if encoder.splitter is None else encoder.splitter.mode,
     )
 
 
@@ -169,7 +190,7 @@ def _mapper(workers: int, encoder: _Encoder, config: TokenizerConfig) -> Iterato
         workers - 1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(config.type, config.path, encoder.json_key, encoder.end_id),
+        initargs=(config.type, config.path, encoder.json_key, encoder.end_id, encoder.splitter),
     )
     try:
         yield lambda chunks: _shared(pool, encoder, chunks, (workers - 1) * _CHUNKS_AHEAD)
@@ -205,12 +226,12 @@ def _shared(
 _worker_encoder: _Encoder
 
 
-def _start_worker(kind: str, path: str, json_key: str, end_id: int | None) -> None:
+def _start_worker(kind: str, path: str, json_key: str, end_id: int | None, splitter: SentenceSplitter | None) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and die with it."""
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_encoder = _Encoder(open_tokenizer(kind, path), json_key, end_id)
+    _worker_encoder = _Encoder(open_tokenizer(kind, path), json_key, end_id, splitter)
 
 
 def _exit_with_parent() -> None:

@@ -5,6 +5,8 @@
           pointers i64 [S] in bytes, document_indices i64 [D + 1]: document d is the sequences from
           document_indices[d] up to document_indices[d + 1]
 
+A sequence is a sentence, or the whole document in a corpus without sentences.
+
 It is read and written here, and not through megatron-core, so that `lmscale tokenize`, `lmscale data inspect` and the
 checks of `lmscale train` do not import torch for some seconds; the tests hold both to be the same, byte for byte.
 """
@@ -42,10 +44,14 @@ class Index:
     Attributes:
         dtype: of the tokens in the .bin.
         document_offsets: int64 [num_documents + 1], the first token of each document, and the end.
+        sentence_offsets: int64 [num_sentences + 1], the first token of each sentence, and the end.
+        document_sentences: int64 [num_documents + 1], the first sentence of each document, and the end.
     """
 
     dtype: np.dtype[Any]
     document_offsets: NDArray[np.int64]
+    sentence_offsets: NDArray[np.int64]
+    document_sentences: NDArray[np.int64]
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -63,19 +69,26 @@ def dtype_for(vocab_size: int) -> type[np.integer[Any]]:
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
-def write_index(file: IO[bytes], dtype: type[np.integer[Any]], lengths: NDArray[np.int32]) -> None:
-    """Write the .idx of a .bin in which each document is one sequence.
+def write_index(
+    file: IO[bytes], dtype: type[np.integer[Any]], lengths: NDArray[np.int32], counts: NDArray[np.int32]
+) -> None:
+    """Write the .idx of a .bin.
 
     Args:
         file: open for writing.
         dtype: of the tokens.
-        lengths: int32 [num_documents], in tokens.
+        lengths: int32 [num_sentences], in tokens.
+        counts: int32 [num_documents], sentences of each document.
     """
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
-    pointers = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-    file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], len(lengths), len(lengths) + 1))
-    for array in (lengths.astype("<i4"), pointers.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")):
+    pointers, bounds = _from_zero(ends)[:-1], _from_zero(np.cumsum(counts, dtype=np.int64))
+    file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], len(lengths), len(bounds)))
+    for array in (lengths.astype("<i4"), pointers.astype("<i8"), bounds.astype("<i8")):
         file.write(array.tobytes())
+
+
+def _from_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), ends])
 
 
 def read_index(prefix: str | Path) -> Index:
@@ -133,7 +146,7 @@ def _check(
     bounds: NDArray[np.int64],
 ) -> Index:
     file = str(idx_path(prefix))
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    offsets = _from_zero(np.cumsum(lengths, dtype=np.int64))
     if lengths.min() < 0 or not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
         raise DataError("its sequences do not follow each other without a gap", field=file, remedy=_REMEDY)
     if bounds[0] != 0 or bounds[-1] != len(lengths) or np.any(np.diff(bounds) < 0):
@@ -145,4 +158,4 @@ def _check(
             field=str(path),
             remedy=_REMEDY,
         )
-    return Index(dtype, offsets[bounds])
+    return Index(dtype, offsets[bounds], offsets, bounds.astype(np.int64))

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from lmscale.data.index_file import bin_path, idx_path, read_index
 from lmscale.data.manifest import Manifest, read_manifest, sha256_of_file
+from lmscale.data.tokenizer import padded_sizes
 from lmscale.errors import DataError
 
 _BLOCK_BYTES = 4096
 _NUM_BLOCKS = 256
+_NUM_LOOKED_AT = 1000
 
 
 class IndexedCorpus:
@@ -28,6 +30,9 @@ class IndexedCorpus:
         prefix: as given.
         tokens: flat memory map of all tokens, in the dtype of the file, not to be written.
         document_offsets: int64 [num_documents + 1], the first token of each document, and the end.
+        sentence_offsets: int64 [num_sentences + 1], the first token of each sentence, and the end; where the corpus has
+            no sentences, each document is one.
+        document_sentences: int64 [num_documents + 1], the first sentence of each document, and the end.
 
     Raises:
         DataError: naming the file that is missing, empty, truncated or foreign.
@@ -37,6 +42,7 @@ class IndexedCorpus:
         self.prefix = str(prefix)
         index = read_index(prefix)
         self.document_offsets = index.document_offsets
+        self.sentence_offsets, self.document_sentences = index.sentence_offsets, index.document_sentences
         self.tokens: NDArray[np.integer[Any]] = np.memmap(bin_path(prefix), index.dtype, "r")
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
@@ -46,6 +52,17 @@ class IndexedCorpus:
     def num_documents(self) -> int:
         """Documents of the corpus."""
         return len(self.document_offsets) - 1
+
+    @property
+    def num_sentences(self) -> int:
+        """Sentences of the corpus; as many as documents where it has none."""
+        return len(self.sentence_offsets) - 1
+
+    @property
+    def has_sentences(self) -> bool:
+        """Whether documents are divided into sentences."""
+        told = self.manifest is not None and self.manifest.sentences is not None
+        return told or self.num_sentences > self.num_documents
 
     @property
     def num_tokens(self) -> int:
@@ -79,7 +96,20 @@ class IndexedCorpus:
         """What `lmscale tokenize` wrote beside the corpus; None for a corpus of another tool."""
         return read_manifest(self.prefix, self.idx_sha256)
 
-    def check_vocabulary(self, vocab_size: int, tokenizer_hash: str | None = None) -> None:
+    def has_document_ends(self, end_id: int | None) -> bool:
+        """Tell whether a token that is no text stands behind each document.
+
+        The manifest says so; where there is none, the last tokens of up to 1,000 documents do.
+
+        Args:
+            end_id: that token; None where it is not known, which finds none.
+        """
+        if self.manifest is not None:
+            return self.manifest.eos_id is not None
+        sample = np.unique(np.linspace(1, self.num_documents, _NUM_LOOKED_AT).astype(np.int64))
+        return end_id is not None and bool((self.tokens[self.document_offsets[sample] - 1] == end_id).all())
+
+    def check_vocabulary(self, vocab_size: int, tokenizer_hash: str | None = None, multiple: int = 1) -> None:
         """Check that the corpus is of a model's vocabulary, as far as its manifest tells.
 
         Without a manifest nothing is known here, and the loader's check of each batch remains.
@@ -87,6 +117,7 @@ class IndexedCorpus:
         Args:
             vocab_size: of the model.
             tokenizer_hash: `content_hash` of the run's tokenizer; None leaves it out.
+            multiple: the model's vocabulary may also be the tokenizer's, rounded up to a multiple of this.
 
         Raises:
             DataError: if the corpus was made with another vocabulary.
@@ -94,7 +125,7 @@ class IndexedCorpus:
         manifest = self.manifest
         if manifest is None:
             return
-        if manifest.vocab_size != vocab_size:
+        if vocab_size not in padded_sizes(manifest.vocab_size, multiple):
             raise DataError(
                 f"was tokenized with a vocabulary of {manifest.vocab_size}, and model.vocab_size is {vocab_size}",
                 field=self.prefix,

@@ -27,6 +27,8 @@ class Manifest:
     idx_sha256: str
     """Of the .idx that this belongs to."""
     bin_bytes: int
+    sentences: str | None = None
+    """How documents were divided into sentences: split or lines; None where each document is one sequence."""
 
     def to_json(self) -> str:
         """Render as the content of the file."""

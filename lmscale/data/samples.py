@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,3 +32,21 @@ class Samples:
     keys: NDArray[np.int64]
     first_lengths: NDArray[np.int64] | None = None
     is_random_next: NDArray[np.bool_] | None = None
+
+
+def gather(
+    tokens: NDArray[np.integer[Any]], places: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Read the tokens of samples.
+
+    Args:
+        tokens: flat.
+        places: int64 [n, r], where each token is; behind a sample's length, anywhere.
+        lengths: int64 [n].
+
+    Returns:
+        int64 [n, r], 0 behind each sample's length.
+    """
+    is_token = np.arange(places.shape[1]) < lengths[:, None]
+    read: NDArray[np.int64] = tokens[np.where(is_token, places, 0)].astype(np.int64)
+    return np.where(is_token, read, 0)

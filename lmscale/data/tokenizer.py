@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lmscale.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,7 +18,9 @@ if TYPE_CHECKING:
 MODEL_FILE = "tokenizer.model"
 NUM_SENTINELS = 100
 _SPACE_MARK = "\u2581"  # sentencepiece writes a space so, and would read the character itself back as one
-_HF_FILES = (
+_START_MARKS = (_SPACE_MARK, "\u0120")  # of sentencepiece; of byte-level BPE, which writes a space so
+_CONTINUATION_MARK = "##"  # of WordPiece; byte-level BPE has a few such pieces too, which are text
+HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -40,7 +45,7 @@ class Tokenizer(Protocol):
     pad_id: int | None
     bos_id: int | None
     eos_id: int | None
-    """Also the end of a document in an indexed corpus."""
+    """Also the end of a document in an indexed corpus, for which sep stands in where there is no eos."""
     mask_id: int | None
     cls_id: int | None
     sep_id: int | None
@@ -48,6 +53,8 @@ class Tokenizer(Protocol):
     """How people write the mask in a prompt."""
     sentinel_ids: list[int]
     """Of <extra_id_0>, <extra_id_1>, ...; ours descend from vocab_size - 1."""
+    special_ids: list[int]
+    """Sorted: every id that stands for no text."""
     content_hash: str
     """SHA-256 of what defines the tokenizer: equal hashes, equal ids."""
 
@@ -61,6 +68,18 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special ids are left out."""
+        ...
+
+    def piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece of the vocabulary, spelt as it is there."""
+        ...
+
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Tell which ids begin a word, bool [vocab_size]; special ids do.
+
+        Raises:
+            DataError: if no piece is marked as one that begins, or continues, a word.
+        """
         ...
 
 
@@ -95,6 +114,11 @@ class SentencePieceTokenizer:
         self.mask_text: str | None = "<mask>" if self.mask_id is not None else None
         sentinels = (self._special(-1, f"<extra_id_{number}>") for number in range(NUM_SENTINELS))
         self.sentinel_ids = [number for number in sentinels if number is not None]
+        numbers = list(range(self.vocab_size))
+        pieces = self._processor
+        kinds = (pieces.is_control(numbers), pieces.is_unknown(numbers), pieces.is_unused(numbers))
+        is_special = np.any(kinds, axis=0)
+        self.special_ids = sorted({*np.flatnonzero(is_special).tolist(), *_known_special_ids(self)})
         marks = [self._special(-1, f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._space_mark_ids = [number for number in marks if number is not None]
 
@@ -129,6 +153,15 @@ class SentencePieceTokenizer:
         """Return the text of ids; special ids are left out."""
         text: str = self._processor.decode([int(number) for number in ids])
         return text
+
+    def piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece of the vocabulary, spelt as it is there."""
+        return self._special(-1, piece)
+
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Tell which ids begin a word, bool [vocab_size]; special ids do."""
+        pieces: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
+        return _word_starts(dict(zip(pieces, range(self.vocab_size), strict=True)), self)
 
 
 class HfTokenizer:
@@ -171,6 +204,7 @@ class HfTokenizer:
         vocabulary = self._tokenizer.get_vocab()
         names = (f"<extra_id_{number}>" for number in range(NUM_SENTINELS))
         self.sentinel_ids: list[int] = [vocabulary[name] for name in names if name in vocabulary]
+        self.special_ids = sorted({*self._tokenizer.all_special_ids, *_known_special_ids(self)})
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, adding no special ids."""
@@ -188,6 +222,35 @@ class HfTokenizer:
         text: str = self._tokenizer.decode([int(number) for number in ids], **options)
         return text
 
+    def piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece of the vocabulary, spelt as it is there."""
+        number: int | None = self._tokenizer.get_vocab().get(piece)
+        return number
+
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Tell which ids begin a word, bool [vocab_size]; special ids do."""
+        return _word_starts(self._tokenizer.get_vocab(), self)
+
+
+def _known_special_ids(tokenizer: Tokenizer) -> set[int]:
+    named = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.cls_id)
+    return {number for number in (*named, tokenizer.sep_id, *tokenizer.sentinel_ids) if number is not None}
+
+
+def _word_starts(vocabulary: dict[str, int], tokenizer: Tokenizer) -> NDArray[np.bool_]:
+    """Tell which ids begin a word, by the mark that most pieces have."""
+    counts = {mark: sum(piece.startswith(mark) for piece in vocabulary) for mark in (*_START_MARKS, _CONTINUATION_MARK)}
+    mark = max(counts, key=lambda each: counts[each])
+    if counts[mark] == 0:
+        raise DataError(
+            "its pieces do not show where words begin", field="tokenizer.path", remedy="mask tokens, not words"
+        )
+    starts = np.zeros(tokenizer.vocab_size, np.bool_)
+    for piece, number in vocabulary.items():
+        starts[number] = piece.startswith(mark) != (mark == _CONTINUATION_MARK)
+    starts[tokenizer.special_ids] = True
+    return starts
+
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer that a config names.
@@ -201,6 +264,16 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
 def open_tokenizer(kind: str, path: str) -> Tokenizer:
     """Do as `load_tokenizer` does, without a config: pydantic would double the time that a worker takes to start."""
     return HfTokenizer(path) if kind == "hf" else SentencePieceTokenizer(path)
+
+
+def padded_sizes(num_ids: int, multiple: int) -> tuple[int, int]:
+    """Return the sizes that a model's vocabulary may have: the tokenizer's, and that rounded up to a multiple."""
+    return num_ids, -(-num_ids // multiple) * multiple
+
+
+def document_end_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that ends a document: eos, or sep of a tokenizer without it, as BERT's is."""
+    return tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id
 
 
 def tokenizer_hash(config: TokenizerConfig) -> str:
@@ -230,7 +303,7 @@ def hash_hf_files(path: str | Path) -> str:
     Raises:
         DataError: if the directory holds none of them.
     """
-    files = [Path(path) / name for name in _HF_FILES if (Path(path) / name).is_file()]
+    files = [Path(path) / name for name in HF_FILES if (Path(path) / name).is_file()]
     if not files:
         raise DataError("is no directory with a tokenizer of transformers", field="tokenizer.path", value=str(path))
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lmscale.data.draws import mix
 from lmscale.data.indexed import IndexedCorpus
+from lmscale.data.samples import Samples
 from lmscale.errors import DataError
 
 _ROUNDS = 6
@@ -48,16 +49,24 @@ class Windows:
         documents: (first, behind last) of those that the windows run over; None takes all.
         seq_length: s.
         name: of the part, for messages.
+        isolate: number the documents of each window.
 
     Raises:
         DataError: if the documents do not fill one window.
     """
 
+    period: int | None = 1
+
     def __init__(
-        self, corpus: IndexedCorpus, documents: tuple[int, int] | None, seq_length: int, name: str = "the corpus"
+        self,
+        corpus: IndexedCorpus,
+        documents: tuple[int, int] | None,
+        seq_length: int,
+        name: str = "the corpus",
+        isolate: bool = False,
     ):
         first, behind = documents or (0, corpus.num_documents)
-        self.corpus, self.seq_length = corpus, seq_length
+        self.corpus, self.seq_length, self._isolates = corpus, seq_length, isolate
         self._start = int(corpus.document_offsets[first])
         num_tokens = int(corpus.document_offsets[behind]) - self._start
         self._size = max(0, num_tokens - 1) // seq_length
@@ -69,30 +78,31 @@ class Windows:
                 remedy="give more text, a shorter data.seq_length or another data.split",
             )
 
-    def __len__(self) -> int:
+    def num_samples(self, epoch: int = 0) -> int:
+        """Return the windows of an epoch, the same for each."""
         return self._size
 
     def _view(self) -> NDArray[np.integer[Any]]:
-        """All windows as rows [len, s + 1] that overlap by one token; no copy."""
+        """All windows as rows [windows, s + 1] that overlap by one token; no copy."""
         part = self.corpus.tokens[self._start : self._start + self._size * self.seq_length + 1]
         return np.lib.stride_tricks.sliding_window_view(part, self.seq_length + 1)[:: self.seq_length]
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def read(self, keys: NDArray[np.int64]) -> Samples:
         """Read windows.
 
         Args:
-            indices: int64 [n], each in [0, len).
-
-        Returns:
-            int64 [n, s + 1], token ids.
+            keys: int64 [n, 4], as of `Samples`.
         """
-        return self._view()[indices].astype(np.int64)
+        indices = keys[:, 3]
+        tokens = self._view()[indices].astype(np.int64)
+        lengths = np.full(len(keys), self.seq_length + 1)
+        return Samples(tokens, lengths, self.document_ids(indices) if self._isolates else None, keys)
 
     def document_ids(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the number of each token's document, counted from 0 in each window.
 
         Args:
-            indices: int64 [n], each in [0, len).
+            indices: int64 [n], of windows.
 
         Returns:
             int64 [n, s + 1], which never falls along a window.

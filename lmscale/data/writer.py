@@ -40,6 +40,7 @@ class CorpusWriter:
     def __init__(self, prefix: str | Path, dtype: type[np.integer[Any]]):
         self._dtype = dtype
         self._lengths: list[NDArray[np.int32]] = []
+        self._counts: list[NDArray[np.int32]] = []
         self.num_documents, self.num_tokens = 0, 0
         self._names = {_partial(path): path for path in (bin_path(prefix), manifest_path(prefix), idx_path(prefix))}
         self._bin_partial, self._json_partial, self._idx_partial = self._names
@@ -59,17 +60,20 @@ class CorpusWriter:
         with suppress(OSError):
             self._bin.close()
 
-    def append(self, tokens: bytes, lengths: NDArray[np.int32]) -> None:
+    def append(self, tokens: bytes, lengths: NDArray[np.int32], counts: NDArray[np.int32] | None = None) -> None:
         """Append documents.
 
         Args:
             tokens: of all of them, in the writer's dtype.
-            lengths: int32 [documents], in tokens.
+            lengths: int32 [sentences], in tokens.
+            counts: int32 [documents], sentences of each document; None where each is one.
         """
+        counts = np.ones_like(lengths) if counts is None else counts
         with _disk_errors(self._bin_partial):
             self._bin.write(tokens)
         self._lengths.append(lengths)
-        self.num_documents += len(lengths)
+        self._counts.append(counts)
+        self.num_documents += len(counts)
         self.num_tokens += int(lengths.sum(dtype=np.int64))
 
     def finish(self, make_manifest: Callable[[str, int], Manifest]) -> Manifest:
@@ -78,11 +82,11 @@ class CorpusWriter:
         Args:
             make_manifest: from the SHA-256 of the .idx and the bytes of the .bin.
         """
-        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
+        lengths, counts = (np.concatenate([np.zeros(0, np.int32), *parts]) for parts in (self._lengths, self._counts))
         with _disk_errors(self._bin_partial):
             self._bin.flush()
             os.fsync(self._bin.fileno())
-        _write_durably(self._idx_partial, lambda file: write_index(file, self._dtype, lengths))
+        _write_durably(self._idx_partial, lambda file: write_index(file, self._dtype, lengths, counts))
         manifest = make_manifest(sha256_of_file(self._idx_partial), self._bin_partial.stat().st_size)
         _write_durably(self._json_partial, lambda file: file.write(manifest.to_json().encode()))
         with _disk_errors(self._bin_partial):

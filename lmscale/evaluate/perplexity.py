@@ -13,11 +13,11 @@ from rich.progress import track
 
 from lmscale.batch import LABELS, LOSS_MASK
 from lmscale.data.blend import Blend
-from lmscale.data.indexed import IndexedCorpus
-from lmscale.data.tokenizer import tokenizer_hash
-from lmscale.data.windows import Windows
+from lmscale.data.source import Source
 from lmscale.evaluate.model import TrainedModel
 from lmscale.feed.dataset import SampleDataset, in_order
+from lmscale.feed.sources import open_whole
+from lmscale.feed.vocabulary import build_vocabulary
 from lmscale.models.loss import LanguageModelLoss
 from lmscale.objectives.base import Arrays
 from lmscale.objectives.registry import build_objective
@@ -65,16 +65,13 @@ def measure_corpus(
     Collectives: over the model's ranks; all must call.
     """
     config = model.config
-    corpus = IndexedCorpus(prefix)
-    known = tokenizer_hash(config.tokenizer) if config.tokenizer is not None else None
-    corpus.check_vocabulary(config.model.vocab_size, known)
-    windows = Windows(corpus, None, config.data.seq_length)
+    windows = open_whole(config, prefix)
     size = batch_size or config.batch.micro_batch_size
     console = Console(stderr=True)
     batches = track(
         _batches(model, windows, size),
         description=f"reading {prefix}",
-        total=-(-len(windows) // size),
+        total=-(-windows.num_samples() // size),
         console=console,
         transient=True,
         disable=not (show_progress and console.is_terminal and model.context.topology.rank == 0),
@@ -83,17 +80,16 @@ def measure_corpus(
     for batch in batches:
         total += _summed_loss(model, batch)
         count += int(batch[LOSS_MASK.name].sum())
-    return HeldOutLoss(str(prefix), len(windows), count, total / max(1, count))
+    return HeldOutLoss(str(prefix), windows.num_samples(), count, total / max(1, count))
 
 
-def _batches(model: TrainedModel, windows: Windows, size: int) -> Iterator[Arrays]:
+def _batches(model: TrainedModel, windows: Source, size: int) -> Iterator[Arrays]:
     config = model.config
     blend = Blend([windows], [1.0], config.train.seed)
-    isolates = config.data.reset_attention_mask
-    objective = build_objective(config.objective)
-    dataset = SampleDataset(blend, in_order, objective, config.model.vocab_size, isolates)
-    for first in range(0, len(windows), size):
-        yield dataset.arrays(np.arange(first, min(first + size, len(windows)), dtype=np.int64))
+    objective = build_objective(config.objective, config.lengths, build_vocabulary(config))
+    dataset = SampleDataset(blend, in_order, objective, config.model.vocab_size)
+    for first in range(0, windows.num_samples(), size):
+        yield dataset.arrays(np.arange(first, min(first + size, windows.num_samples()), dtype=np.int64))
 
 
 @torch.no_grad()

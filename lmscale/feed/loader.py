@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lmscale.config.run import RunConfig, split_shares
+from lmscale.config.run import RunConfig
 from lmscale.data.blend import Blend
 from lmscale.data.indexed import IndexedCorpus
-from lmscale.data.tokenizer import tokenizer_hash
-from lmscale.data.windows import Windows, split_documents
+from lmscale.data.source import Source
 from lmscale.errors import LmscaleError
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.feed.sampler import HeldOutSampler, MicroBatchSampler
+from lmscale.feed.sources import open_held_out, open_train
 from lmscale.feed.transport import SlotFiller, Slots
+from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
+from lmscale.objectives.base import Vocabulary
 from lmscale.objectives.registry import build_objective
 
 Batch = dict[str, torch.Tensor]
@@ -30,22 +30,18 @@ Batch = dict[str, torch.Tensor]
 
 _TOKENS_A_MESSAGE = 1 << 17
 _MESSAGES_AHEAD = 2
-_TRAIN, _VALID = 0, 1
 
 
-def build_blend(config: RunConfig) -> Blend:
+def build_blend(config: RunConfig, vocabulary: Vocabulary | None = None) -> Blend:
     """Open the training part of each source. `Blend.locate` tells where a run's sample comes from.
 
     Raises:
         DataError: if a corpus cannot be used, or is of another vocabulary.
     """
-    shares = split_shares(config.data.split)
-    windows = []
-    for source in config.data.train:
-        corpus = _open(config, source.prefix)
-        documents = split_documents(corpus.num_documents, shares)[_TRAIN]
-        windows.append(Windows(corpus, documents, config.data.seq_length, "the train share"))
-    return Blend(windows, [source.weight for source in config.data.train], config.train.seed)
+    vocabulary = vocabulary or build_vocabulary(config)
+    sources = open_train(config, vocabulary.document_end_id)
+    check_full_stop(vocabulary, config.objective, sources)
+    return Blend(sources, [source.weight for source in config.data.train], config.train.seed)
 
 
 def build_train_loader(
@@ -69,12 +65,13 @@ def build_train_loader(
     Raises:
         DataError: at once, if a corpus cannot be used; on iteration, if a token is outside the vocabulary.
     """
-    blend = build_blend(config)
-    dataset = _dataset(config, blend, blend.locate)
+    vocabulary = build_vocabulary(config)
+    blend = build_blend(config, vocabulary)
+    dataset = _dataset(config, vocabulary, blend, blend.locate)
     size = config.batch.micro_batch_size
-    end_samples = -(-config.train.train_tokens // config.data.seq_length)
+    end_samples = -(-config.train.train_tokens // config.lengths.nominal)
     sampler = MicroBatchSampler(batch_size_at, consumed_samples, size, dp_rank, dp_size, end_samples)
-    return _iterate(dataset, sampler, size, config.data.num_workers)
+    return _iterate(dataset, sampler, config, config.data.num_workers)
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def build_valid_loaders(config: RunConfig, dp_rank: int, dp_size: int) -> dict[s
 
     Held out are data.valid, or, where that is empty, the valid share of each training source under the base name of its
     prefix; of each, train.eval_batches global batches at most. Every rank gets as many micro batches; rows that fill
-    the last ones have loss_mask 0, so that each window counts once.
+    the last ones have loss_mask 0, so that each sample counts once. Samples are those of epoch 0, unshuffled.
 
     Raises:
         DataError: if a corpus cannot be used, or is of another vocabulary.
@@ -104,57 +101,32 @@ def build_valid_loaders(config: RunConfig, dp_rank: int, dp_size: int) -> dict[s
     limit = config.train.eval_batches * config.batch.global_batch_size
     size = config.batch.micro_batch_size
 
-    def loader(windows: Windows) -> HeldOut:
-        dataset = _dataset(config, Blend([windows], [1.0], config.train.seed), in_order)
-        sampler = HeldOutSampler(min(len(windows), limit), size, dp_rank, dp_size)
-        return HeldOut(lambda: _iterate(dataset, sampler, size, num_workers=0), len(sampler))
+    vocabulary = build_vocabulary(config)
 
-    return {name: loader(windows) for name, windows in _held_out(config).items()}
+    def loader(source: Source) -> HeldOut:
+        dataset = _dataset(config, vocabulary, Blend([source], [1.0], config.train.seed), in_order)
+        sampler = HeldOutSampler(min(source.num_samples(), limit), size, dp_rank, dp_size)
+        return HeldOut(lambda: _iterate(dataset, sampler, config, num_workers=0), len(sampler))
 
-
-def _held_out(config: RunConfig) -> dict[str, Windows]:
-    seq_length = config.data.seq_length
-    if config.data.valid:
-        return {v.name: Windows(_open(config, v.prefix), None, seq_length) for v in config.data.valid}
-    shares = split_shares(config.data.split)
-    if shares[_VALID] == 0:
-        return {}
-    prefixes = [source.prefix for source in config.data.train]
-    held_out = {}
-    for name, prefix in zip(_base_names(prefixes), prefixes, strict=True):
-        corpus = _open(config, prefix)
-        documents = split_documents(corpus.num_documents, shares)[_VALID]
-        held_out[name] = Windows(corpus, documents, seq_length, "the valid share")
-    return held_out
+    sources = open_held_out(config, vocabulary.document_end_id)
+    check_full_stop(vocabulary, config.objective, sources.values())
+    return {name: loader(source) for name, source in sources.items()}
 
 
-def _base_names(prefixes: list[str]) -> list[str]:
-    """Name corpora by the last part of their prefix, numbered where that is not unique."""
-    names = [Path(prefix).name for prefix in prefixes]
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name}-{number}" for number, name in enumerate(names)]
-
-
-def _open(config: RunConfig, prefix: str) -> IndexedCorpus:
-    corpus = IndexedCorpus(prefix)
-    known = tokenizer_hash(config.tokenizer) if config.tokenizer is not None else None
-    corpus.check_vocabulary(config.model.vocab_size, known)
-    return corpus
-
-
-def _dataset(config: RunConfig, blend: Blend, locate: Callable[..., Any]) -> SampleDataset:
-    objective = build_objective(config.objective)
-    return SampleDataset(blend, locate, objective, config.model.vocab_size, config.data.reset_attention_mask)
+def _dataset(config: RunConfig, vocabulary: Vocabulary, blend: Blend, locate: Callable[..., Any]) -> SampleDataset:
+    objective = build_objective(config.objective, config.lengths, vocabulary)
+    return SampleDataset(blend, locate, objective, config.model.vocab_size)
 
 
 def _iterate(
-    dataset: SampleDataset, sampler: Iterable[list[int]], micro_batch_size: int, num_workers: int
+    dataset: SampleDataset, sampler: Iterable[list[int]], config: RunConfig, num_workers: int
 ) -> Iterator[Batch]:
     pin = torch.cuda.is_available()
+    micro_batch_size = config.batch.micro_batch_size
     # torch has this many batches asked for at most, and one more is being read.
     num_slots = num_workers * _MESSAGES_AHEAD + 1
-    seq_length = dataset.seq_length
-    messages = _Messages(sampler, max(1, _TOKENS_A_MESSAGE // (micro_batch_size * seq_length)), num_slots)
+    tokens = micro_batch_size * config.lengths.nominal
+    messages = _Messages(sampler, max(1, _TOKENS_A_MESSAGE // tokens), num_slots)
     largest = next(iter(messages), None)
     if largest is None:
         return

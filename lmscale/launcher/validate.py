@@ -14,7 +14,7 @@ from typing import Any
 
 from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed, resolve_deepspeed
 from lmscale.config.io import load_run
-from lmscale.config.run import RunConfig, ZeroChoice, check_run, dp_size_of, split_shares
+from lmscale.config.run import RunConfig, ZeroChoice, check_run, dp_size_of
 from lmscale.errors import CheckpointError, ConfigError, DataError, LmscaleError
 
 CONFIG_FILE = "config.yaml"
@@ -119,7 +119,8 @@ def identity_of(config: RunConfig) -> Iterator[tuple[str, Any]]:
     excluded: dict[str, Any] = {"preset": True, "init_from": True}
     yield from _flatten("model", config.model.model_dump(exclude=excluded))
     yield from _flatten(
-        "data", config.data.model_dump(include={"train", "split", "seq_length", "reset_attention_mask"})
+        "data",
+        config.data.model_dump(include={"train", "split", "seq_length", "decoder_seq_length", "reset_attention_mask"}),
     )
     yield from _flatten("objective", config.objective.model_dump())
     yield "train.seed", config.train.seed
@@ -136,38 +137,33 @@ def _flatten(prefix: str, section: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_data(config: RunConfig) -> None:
-    """Open the tokenizer and the corpora as the ranks will, by the same code."""
-    from lmscale.data.indexed import IndexedCorpus
-    from lmscale.data.windows import Windows, split_documents
+    """Open the tokenizer and the corpora as the ranks will, by the same code. Samples are not cut: that can take long."""
+    from lmscale.feed.sources import open_held_out, open_train
+    from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
+    from lmscale.objectives.base import Vocabulary
 
-    known_hash = None if config.tokenizer is None else _check_tokenizer(config)
-    seq_length, shares = config.data.seq_length, split_shares(config.data.split)
-    for train_source in config.data.train:
-        corpus = IndexedCorpus(train_source.prefix)
-        corpus.check_vocabulary(config.model.vocab_size, known_hash)
-        train, valid, _ = split_documents(corpus.num_documents, shares)
-        Windows(corpus, train, seq_length, "the train share")
-        if not config.data.valid and shares[1] > 0:
-            Windows(corpus, valid, seq_length, "the valid share")
-    for valid_source in config.data.valid:
-        corpus = IndexedCorpus(valid_source.prefix)
-        corpus.check_vocabulary(config.model.vocab_size, known_hash)
-        Windows(corpus, None, seq_length)
-
-
-def _check_tokenizer(config: RunConfig) -> str:
-    from lmscale.data.tokenizer import SentencePieceTokenizer, tokenizer_hash
-
-    assert config.tokenizer is not None
-    if config.tokenizer.type == "hf":
+    if config.tokenizer is not None and config.tokenizer.type == "hf":
         # transformers takes seconds to import; the ranks look at its vocabulary.
-        return tokenizer_hash(config.tokenizer)
-    tokenizer = SentencePieceTokenizer(config.tokenizer.path)
-    if tokenizer.vocab_size != config.model.vocab_size:
+        vocabulary = Vocabulary(config.model.vocab_size)
+    else:
+        _check_vocabulary_size(config)
+        vocabulary = build_vocabulary(config)
+    sources = [*open_train(config, vocabulary.document_end_id)]
+    sources += open_held_out(config, vocabulary.document_end_id).values()
+    check_full_stop(vocabulary, config.objective, sources)
+
+
+def _check_vocabulary_size(config: RunConfig) -> None:
+    from lmscale.data.tokenizer import load_tokenizer, padded_sizes
+    from lmscale.feed.vocabulary import vocabulary_multiple
+
+    if config.tokenizer is None:
+        return
+    num_ids = load_tokenizer(config.tokenizer).vocab_size
+    if config.model.vocab_size not in padded_sizes(num_ids, vocabulary_multiple(config.objective)):
         raise DataError(
-            f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} entries",
+            f"the tokenizer {config.tokenizer.path} has {num_ids} entries",
             field="model.vocab_size",
             value=config.model.vocab_size,
-            remedy=f"use model.vocab_size = {tokenizer.vocab_size}",
+            remedy=f"use model.vocab_size = {num_ids}",
         )
-    return tokenizer.content_hash

@@ -5,13 +5,23 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.batch import DOCUMENT_IDS, LABELS, LOSS_MASK, POSITIONS, TOKENS
+from lmscale.batch import DOCUMENT_IDS, IS_PREFIX, LABELS, LOSS_MASK, POSITIONS, TOKENS
+from lmscale.data.draws import integers, streams
 from lmscale.data.samples import Samples
 from lmscale.objectives.base import Arrays
 
+_PREFIX = 500
+
 
 class CausalLM:
-    """Predict token t + 1 of a window from tokens 0 .. t."""
+    """Predict token t + 1 of a window from tokens 0 .. t.
+
+    Args:
+        prefix_lm: let the tokens of a prefix see each other, and predict what follows it only.
+    """
+
+    def __init__(self, prefix_lm: bool = False):
+        self._prefix_lm = prefix_lm
 
     def make_batch(self, samples: Samples) -> Arrays:
         """Shift the windows by one.
@@ -20,26 +30,35 @@ class CausalLM:
         count from each document's first token in the window, and loss_mask[t] = 0 where t + 1 belongs to another
         document than t: the document end is learned, the first token after it is not.
 
+        With prefix_lm, the first p tokens of a window are its prefix, p uniform on 0 .. s - 1, and loss_mask[t] = 0 for
+        t < p - 1: the first label that counts is the token behind the prefix.
+
         Shapes: n samples, s sequence.
 
         Args:
-            samples: the windows; their keys are not read, since nothing is drawn.
+            samples: the windows; their keys are read with prefix_lm only.
 
         Returns:
             tokens, labels int64 [n, s]; loss_mask float32 [n, s]; with document_ids also document_ids, positions int64
-            [n, s].
+            [n, s]; with prefix_lm also is_prefix int64 [n, s].
 
         Source: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", eq. 1; packing with
-        and without borders: Brown et al. 2020, arXiv:2005.14165, appendix B.
+        and without borders: Brown et al. 2020, arXiv:2005.14165, appendix B; prefixes: Raffel et al. 2020,
+        arXiv:1910.10683, sec. 3.2.1.
         """
         windows, ids = samples.tokens, samples.document_ids
         batch: Arrays = {TOKENS.name: windows[:, :-1], LABELS.name: windows[:, 1:]}
         if ids is None:
             batch[LOSS_MASK.name] = np.ones(batch[TOKENS.name].shape, np.float32)
-            return batch
-        batch[DOCUMENT_IDS.name] = ids[:, :-1]
-        batch[POSITIONS.name] = restarting_positions(ids[:, :-1])
-        batch[LOSS_MASK.name] = (ids[:, 1:] == ids[:, :-1]).astype(np.float32)
+        else:
+            batch[DOCUMENT_IDS.name] = ids[:, :-1]
+            batch[POSITIONS.name] = restarting_positions(ids[:, :-1])
+            batch[LOSS_MASK.name] = (ids[:, 1:] == ids[:, :-1]).astype(np.float32)
+        if self._prefix_lm:
+            places = np.arange(windows.shape[1] - 1)
+            sizes = integers(streams(samples.keys, _PREFIX), 1, len(places))
+            batch[IS_PREFIX.name] = (places < sizes).astype(np.int64)
+            batch[LOSS_MASK.name][places < sizes - 1] = 0.0
         return batch
 
 

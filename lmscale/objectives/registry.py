@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from lmscale.config.lengths import SampleLengths
 from lmscale.config.objective import ObjectiveConfig
-from lmscale.objectives.base import Objective
+from lmscale.objectives.bart import Bart
+from lmscale.objectives.base import Objective, Vocabulary
+from lmscale.objectives.bert import Bert
 from lmscale.objectives.causal_lm import CausalLM
+from lmscale.objectives.roberta import Roberta
+from lmscale.objectives.t5 import T5
 
-_BUILDERS: dict[str, Callable[[ObjectiveConfig], Objective]] = {
-    "causal_lm": lambda config: CausalLM(),
+_BUILDERS: dict[str, Callable[[Any, SampleLengths, Vocabulary], Objective]] = {
+    "causal_lm": lambda config, lengths, vocabulary: CausalLM(config.prefix_lm),
+    "bert": Bert,
+    "roberta": Roberta,
+    "bart": Bart,
+    "t5": T5,
 }
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """Build the objective that a config names."""
-    return _BUILDERS[config.name](config)
+def build_objective(objective: ObjectiveConfig, lengths: SampleLengths, vocabulary: Vocabulary) -> Objective:
+    """Build the objective that a config names.
+
+    Args:
+        objective: its section.
+        lengths: of the run's samples.
+        vocabulary: of the run's tokenizer; for causal_lm its size is enough.
+
+    Raises:
+        DataError: if the tokenizer lacks what the objective needs.
+    """
+    return _BUILDERS[objective.name](objective, lengths, vocabulary)

@@ -8,6 +8,7 @@ import torch
 
 from lmscale.config.optim import OptimConfig
 from lmscale.log import get_logger
+from lmscale.optim.adam import Adam
 
 _log = get_logger(__name__)
 
@@ -34,7 +35,9 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    if optim.adam_bias_correction and optim.adam_eps_mode == "corrected":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    return Adam(groups, bias_correction=optim.adam_bias_correction, raw_eps=optim.adam_eps_mode == "raw", **settings)
 
 
 def set_rate(optimizer: Any, lr: float) -> None:

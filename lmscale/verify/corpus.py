@@ -21,7 +21,7 @@ Documents = Iterator[NDArray[np.int64]]
 
 
 def shrink_corpora(config: RunConfig, small: RunConfig, directory: Path) -> tuple[RunConfig, str]:
-    """Write small corpora and let the shrunk run read them.
+    """Write small corpora and let the shrunk run read them; objectives other than causal_lm read the run's own.
 
     Documents are shortened as the windows are, so that as many borders fall into a window, and keep their ends; token
     ids are taken modulo the small vocabulary.
@@ -37,6 +37,8 @@ def shrink_corpora(config: RunConfig, small: RunConfig, directory: Path) -> tupl
     Raises:
         DataError: if a corpus of the run is damaged.
     """
+    if config.objective.name != "causal_lm":
+        return small, "the run's corpora"  # their sentences and special ids are what the objective works with
     missing = [source.prefix for source in config.data.train if not idx_path(source.prefix).exists()]
     num_tokens = small.train.train_tokens + small.data.seq_length
     sources = []

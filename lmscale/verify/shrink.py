@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lmscale.config.data import DataConfig
 from lmscale.config.deepspeed_json import load_deepspeed
+from lmscale.config.lengths import sample_lengths
 from lmscale.config.model import VOCAB_MULTIPLE, ModelConfig
+from lmscale.config.objective import BertConfig
 from lmscale.config.run import RunConfig, ZeroChoice, check_run
 from lmscale.errors import ConfigError
 from lmscale.verify.layouts import Candidate
@@ -33,8 +36,9 @@ def shrink(
 
     Kept: architecture, norms, activation, positions, tied head, biases, initialization; the ratios of query to
     key/value heads and of feed-forward to hidden width; whether layers, heads, widths and sequence divide over the
-    candidates' ranks, and whether the vocabulary is padded; objective, document isolation, recompute, optimizer, peak
-    rate, clipping; the schedule, in shares of the run. A batch ramp becomes one of two stages.
+    candidates' ranks, and whether the vocabulary is padded (the vocabulary itself, but for causal_lm); objective,
+    document isolation, recompute, optimizer, peak rate, clipping; the schedule, in shares of the run. A batch ramp
+    becomes one of two stages.
 
     Args:
         config: the user's run.
@@ -53,10 +57,19 @@ def shrink(
     seq_length = _smallest_alike(config.data.seq_length, tp_multiple, MIN_SEQ_LENGTH)
     positions = max(seq_length, config.model.max_position_embeddings * seq_length // config.data.seq_length)
     keys["model"]["max_position_embeddings"] = positions
-    keys["data"] |= {"seq_length": seq_length, "num_workers": 0, "valid": [], "split": "1,0,0"}
-    keys["tokenizer"] = None
+    decoder = _decoder_seq_length(config, seq_length, tp_multiple)
+    keys["data"] |= {"seq_length": seq_length, "decoder_seq_length": decoder}
+    keys["data"] |= {"num_workers": 0, "valid": [], "split": "1,0,0"}
+    if config.objective.name == "causal_lm":
+        keys["tokenizer"] = None
+    else:  # its special ids are what the objective works with
+        keys["model"]["vocab_size"] = config.model.vocab_size
+    if isinstance(config.objective, BertConfig) and config.objective.max_predictions is not None:
+        places = config.objective.max_predictions * seq_length // config.data.seq_length
+        keys["objective"]["max_predictions"] = max(1, places)
     keys["batch"] = _batch(config, dp_multiple)
-    train_tokens = steps * keys["batch"]["global_batch_size"] * seq_length
+    nominal = sample_lengths(DataConfig.model_validate(keys["data"]), config.objective).nominal
+    train_tokens = steps * keys["batch"]["global_batch_size"] * nominal
     keys["optim"] |= _schedule(config, train_tokens)
     keys["train"] |= {"train_tokens": train_tokens, "stop_at_step": steps, "log_interval": 1, "eval_interval": 0}
     keys["train"]["compile"] = False
@@ -97,6 +110,17 @@ def fits(config: RunConfig, candidate: Candidate) -> bool:
     return True
 
 
+def _decoder_seq_length(config: RunConfig, seq_length: int, tp_multiple: int) -> int | None:
+    """Shorten the decoder's length as the encoder's was; it divides over the ranks where the run's does."""
+    decoder = config.lengths.decoder
+    if not decoder:
+        return None
+    data = config.data.model_copy(update={"seq_length": seq_length, "decoder_seq_length": None})
+    least = sample_lengths(data, config.objective).decoder
+    shared = math.gcd(decoder, tp_multiple)
+    return next(n for n in range(least, least + tp_multiple + 1) if math.gcd(n, tp_multiple) == shared)
+
+
 def _smallest_alike(size: int, multiple: int, at_least: int) -> int:
     """Find the smallest n from at_least on that shares with `multiple` the divisors that `size` shares with it."""
     shared = math.gcd(size, multiple)
@@ -123,6 +147,7 @@ def _model(model: ModelConfig, tp_multiple: int, pp_multiple: int) -> dict[str, 
         "vocab_size": min(model.vocab_size, VOCAB_SIZE - 6 if is_padded else VOCAB_SIZE),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "ffn_dropout": 0.0,
     }
 
 
@@ -175,7 +200,7 @@ def _notes(config: RunConfig, precision: str) -> list[str]:
     notes = []
     if precision != config.precision:
         notes.append(f"in {precision}, where rounding is small enough to compare; the run is in {config.precision}")
-    if model.hidden_dropout or model.attention_dropout:
+    if model.hidden_dropout or model.attention_dropout or model.ffn_dropout:
         notes.append("without dropout: layouts draw other masks on purpose")
     if any(key.startswith("offload_") for key in zero):
         notes.append("without offload: every rank is on the CPU anyway")

@@ -48,6 +48,16 @@ def test_text_becomes_a_corpus_that_can_be_looked_into(text: Path, tmp_path: Pat
     assert "document 1" not in out
 
 
+def test_sentences_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Mr. Fox jumps.  Dogs sleep.\nAnd so on.\n" * 20)
+    key = ("--input", tmp_path / "a.txt")
+    call("tokenizer", "train", *key, "--vocab-size", 390, "--model-type", "bpe", "--output", tmp_path / "tokenizer")
+    for mode, count in (("split", 60), ("lines", 40)):
+        prefix = tmp_path / mode
+        call("tokenize", *key, "--tokenizer", tmp_path / "tokenizer", "--output", prefix, "--sentences", mode)
+        assert f"{count} ({mode})" in call("data", "inspect", prefix)
+
+
 def test_strict_stops_at_a_broken_line(text: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:4: broken JSON"):
         call(

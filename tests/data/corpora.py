@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.manifest import Manifest
@@ -32,6 +34,45 @@ def write_corpus(
             )
         )
     return IndexedCorpus(prefix)
+
+
+def write_sentences(
+    prefix: str | Path,
+    documents: Sequence[Sequence[Sequence[int]]],
+    eos_id: int | None = None,
+    vocab_size: int = 1000,
+    tokenizer_hash: str = "none",
+) -> IndexedCorpus:
+    """Write documents of sentences of token ids, end each document with eos_id, and open the corpus."""
+    end = [] if eos_id is None else [eos_id]
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            sentences = [*document[:-1], [*document[-1], *end]]
+            lengths = np.array([len(sentence) for sentence in sentences], np.int32)
+            tokens = np.array([token for sentence in sentences for token in sentence], np.uint16)
+            writer.append(tokens.tobytes(), lengths, np.array([len(sentences)], np.int32))
+        writer.finish(
+            lambda sha256, size: Manifest(
+                *(tokenizer_hash, vocab_size, eos_id, writer.num_documents, writer.num_tokens),
+                *({}, sha256, size, "split"),
+            )
+        )
+    return IndexedCorpus(prefix)
+
+
+def random_sentences(num_documents: int, seed: int = 0, most: int = 12, longest: int = 20) -> list[list[list[int]]]:
+    """Draw documents of 1 .. most sentences of 1 .. longest ids in 10 .. 999."""
+    rng = np.random.default_rng(seed)
+    return [
+        [rng.integers(10, 1000, rng.integers(1, longest + 1)).tolist() for _ in range(rng.integers(1, most + 1))]
+        for _ in range(num_documents)
+    ]
+
+
+def keys_of(numbers: Any, epoch: int = 0, seed: int = 0, source: int = 0) -> NDArray[np.int64]:
+    """Name samples of one epoch of a source."""
+    numbers = np.asarray(numbers)
+    return np.stack([np.full_like(numbers, value) for value in (seed, source, epoch)] + [numbers], axis=1)
 
 
 def random_documents(num_documents: int, seed: int = 0, longest: int = 60) -> list[list[int]]:

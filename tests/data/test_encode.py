@@ -17,6 +17,7 @@ from lmscale.config.data import TokenizerConfig
 from lmscale.data import writer as writer_module
 from lmscale.data.encode import encode_corpus
 from lmscale.data.indexed import IndexedCorpus
+from lmscale.data.sentences import SentenceMode, SentenceSplitter
 from lmscale.data.tokenizer import SentencePieceTokenizer
 from lmscale.errors import DataError, RunError
 from tests.data.corpora import TEXTS, write_corpus
@@ -52,6 +53,38 @@ def test_documents_are_encoded_and_ended(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
 
 
+@pytest.mark.parametrize("mode", ["split", "lines"])
+def test_sentences_are_sequences_and_the_last_one_has_the_document_end(
+    corpus_file: Path, config: TokenizerConfig, tokenizer: SentencePieceTokenizer, tmp_path: Path, mode: SentenceMode
+) -> None:
+    splitter = SentenceSplitter(mode)
+    manifest = encode_corpus([str(corpus_file)], config, tmp_path / "c", workers=1, splitter=splitter).manifest
+    assert (manifest.sentences, manifest.documents) == (mode, len(TEXTS))
+    corpus = IndexedCorpus(tmp_path / "c")
+    assert corpus.has_sentences
+    sentences = [piece.tolist() for piece in np.split(corpus.tokens, corpus.sentence_offsets[1:-1])]
+    for number, text in enumerate(TEXTS):
+        first, behind = corpus.document_sentences[number : number + 2]
+        expected = [tokenizer.encode(sentence) for sentence in splitter(text)]
+        expected[-1].append(tokenizer.eos_id)
+        assert sentences[first:behind] == expected
+        assert tokenizer.decode(corpus.document(number)) == text
+
+
+def test_a_tokenizer_without_eos_ends_documents_with_sep_and_makes_no_empty_sentence(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "a.jsonl").write_text('{"text": "One.\\n\\u200b\\nTwo three."}\n{"text": " "}\n')
+    config = TokenizerConfig(type="hf", path=str(tmp_path))
+    splitter = SentenceSplitter("lines")
+    encode_corpus([str(tmp_path / "a.jsonl")], config, tmp_path / "c", workers=1, splitter=splitter)
+    corpus = IndexedCorpus(tmp_path / "c")
+    assert corpus.tokens.tolist() == [5, 8, 6, 7, 8, 3, 3]
+    assert corpus.sentence_offsets.tolist() == [0, 2, 6, 7]
+    assert corpus.document_sentences.tolist() == [0, 2, 3]
+
+
 def test_the_output_does_not_depend_on_the_number_of_workers(
     large_file: Path, config: TokenizerConfig, tmp_path: Path
 ) -> None:
@@ -68,6 +101,14 @@ def test_skipped_lines_are_counted_in_the_manifest(config: TokenizerConfig, tmp_
     manifest = encode_corpus([str(path)], config, tmp_path / "c", workers=1).manifest
     assert manifest.documents == 1
     assert manifest.skipped == {"broken JSON": 1, "no string under the key 'text'": 1}
+
+
+def test_sentences_do_not_depend_on_the_number_of_workers(
+    corpus_file: Path, config: TokenizerConfig, tmp_path: Path
+) -> None:
+    for workers in (1, 2):
+        encode_corpus([str(corpus_file)], config, tmp_path / f"c{workers}", workers, splitter=SentenceSplitter("split"))
+    assert (tmp_path / "c1.idx").read_bytes() == (tmp_path / "c2.idx").read_bytes()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from lmscale.data.index_file import bin_path, dtype_for, idx_path
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.errors import DataError
-from tests.data.corpora import random_documents, write_corpus
+from tests.data.corpora import random_documents, random_sentences, write_corpus, write_sentences
 
 
 def test_our_files_are_megatron_cores_byte_for_byte(tmp_path: Path) -> None:
@@ -22,6 +22,27 @@ def test_our_files_are_megatron_cores_byte_for_byte(tmp_path: Path) -> None:
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("eos_id", [None, 3])
+def test_sentences_are_megatron_cores_sequences_byte_for_byte(tmp_path: Path, eos_id: int | None) -> None:
+    documents = random_sentences(20)
+    corpus = write_sentences(tmp_path / "ours", documents, eos_id)
+    if eos_id is not None:
+        documents = [[*document[:-1], [*document[-1], eos_id]] for document in documents]
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), np.uint16)
+    for document in documents:
+        builder.add_document(np.concatenate(document), [len(sentence) for sentence in document])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+    theirs = IndexedDataset(str(tmp_path / "ours"), mmap=True)
+    sentences = [sentence for document in documents for sentence in document]
+    assert [theirs[number].tolist() for number in range(len(theirs))] == sentences
+    assert theirs.document_indices.tolist() == corpus.document_sentences.tolist()
+    read = np.split(corpus.tokens, corpus.sentence_offsets[1:-1])
+    assert [sentence.tolist() for sentence in read] == sentences
+    assert np.array_equal(corpus.sentence_offsets[corpus.document_sentences], corpus.document_offsets)
 
 
 def test_megatron_core_reads_our_documents(tmp_path: Path) -> None:
@@ -39,6 +60,9 @@ def test_documents_of_several_sequences_that_megatron_core_wrote_are_read(tmp_pa
     builder.finalize(str(tmp_path / "c.idx"))
     corpus = IndexedCorpus(tmp_path / "c")
     assert corpus.document_offsets.tolist() == [0, 5, 6]
+    assert corpus.sentence_offsets.tolist() == [0, 2, 5, 6]
+    assert corpus.document_sentences.tolist() == [0, 2, 3]
+    assert corpus.has_sentences
     assert corpus.tokens.tolist() == [1, 2, 3, 4, 5, 6]
     assert corpus.manifest is None
 

@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.windows import Windows, epoch_order, split_documents
 from lmscale.errors import DataError
-from tests.data.corpora import random_documents, write_corpus
+from tests.data.corpora import keys_of, random_documents, write_corpus
 
 CHI_SQUARE_BOUND = 1.35
 """Largest chi-square over its degrees of freedom; at some 500 degrees, chance exceeds it once in a million."""
@@ -30,10 +30,10 @@ def test_windows_are_the_packed_documents_cut_with_one_token_of_overlap(
     first, behind = documents or (0, 60)
     flat = np.concatenate([theirs[number] for number in range(first, behind)])
     windows = Windows(corpus, documents, 16)
-    assert len(windows) == (len(flat) - 1) // 16
-    indices = np.arange(len(windows))[::-1]
+    assert windows.num_samples() == (len(flat) - 1) // 16
+    indices = np.arange(windows.num_samples())[::-1]
     expected = np.stack([flat[16 * index : 16 * index + 17] for index in indices])
-    read = windows.read(indices)
+    read = windows.read(keys_of(indices)).tokens
     assert read.dtype == np.int64
     assert np.array_equal(read, expected)
 
@@ -41,7 +41,7 @@ def test_windows_are_the_packed_documents_cut_with_one_token_of_overlap(
 def test_document_numbers_change_where_documents_do(corpus: IndexedCorpus) -> None:
     windows = Windows(corpus, (5, 55), 16)
     owner = np.repeat(np.arange(60), np.diff(corpus.document_offsets))[corpus.document_offsets[5] :]
-    indices = np.arange(len(windows))
+    indices = np.arange(windows.num_samples())
     ids = windows.document_ids(indices)
     for index in indices:
         numbers = owner[16 * index : 16 * index + 17]
@@ -55,12 +55,12 @@ def test_empty_documents_count_for_nothing(tmp_path: Path) -> None:
 
 def test_a_corpus_rebuilt_at_the_same_prefix_is_read_afresh(tmp_path: Path) -> None:
     old = Windows(write_corpus(tmp_path / "c", [[1] * 50] * 4), None, 8)
-    assert len(old) == 24
+    assert old.num_samples() == 24
     new = Windows(write_corpus(tmp_path / "c", [[2] * 10] * 2), None, 8)
-    assert len(new) == 2
-    assert (new.read(np.arange(2)) == 2).all()
+    assert new.num_samples() == 2
+    assert (new.read(keys_of(np.arange(2))).tokens == 2).all()
     # A run that reads the former corpus goes on reading it.
-    assert (old.read(np.arange(24)) == 1).all()
+    assert (old.read(keys_of(np.arange(24))).tokens == 1).all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
 
 
@@ -69,7 +69,7 @@ def test_a_corpus_smaller_than_one_window_is_an_error(corpus: IndexedCorpus) -> 
         Windows(corpus, None, corpus.num_tokens)
     with pytest.raises(DataError, match="the valid share has 0 tokens in 0 documents"):
         Windows(corpus, (3, 3), 8, "the valid share")
-    assert len(Windows(corpus, None, corpus.num_tokens - 1)) == 1
+    assert Windows(corpus, None, corpus.num_tokens - 1).num_samples() == 1
 
 
 @given(num_documents=st.integers(1, 10_000), shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=4))

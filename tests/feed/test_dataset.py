@@ -11,7 +11,7 @@ from lmscale.errors import DataError
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.objectives.base import Arrays, Samples
 from lmscale.objectives.causal_lm import CausalLM
-from tests.data.corpora import random_documents, write_corpus
+from tests.data.corpora import keys_of, random_documents, write_corpus
 
 
 @pytest.fixture
@@ -28,16 +28,16 @@ def test_the_objective_is_given_what_names_each_sample(blend: Blend) -> None:
             return super().make_batch(samples)
 
     indices = np.array([0, 5, 301])
-    SampleDataset(blend, blend.locate, Spy(), 1000, False).arrays(indices)
+    SampleDataset(blend, blend.locate, Spy(), 1000).arrays(indices)
     located = blend.locate(indices)
     seeds = np.full(3, blend.seed)
-    assert seen[0].keys.tolist() == np.stack([seeds, located.source, located.epoch, located.window], 1).tolist()
+    assert seen[0].keys.tolist() == np.stack([seeds, located.source, located.epoch, located.number], 1).tolist()
     assert seen[0].document_ids is None
 
 
 def test_rows_that_fill_a_batch_do_not_count(blend: Blend) -> None:
-    arrays = SampleDataset(blend, in_order, CausalLM(), 1000, True).arrays(np.array([3, -1]))
-    assert np.array_equal(arrays["tokens"][0], blend.windows[0].read(np.array([3]))[0, :-1])
+    arrays = SampleDataset(blend, in_order, CausalLM(), 1000).arrays(np.array([3, -1]))
+    assert np.array_equal(arrays["tokens"][0], blend.sources[0].read(keys_of([3])).tokens[0, :-1])
     assert arrays["loss_mask"][0].sum() > 0
     assert arrays["loss_mask"][1].sum() == 0
 
@@ -45,7 +45,7 @@ def test_rows_that_fill_a_batch_do_not_count(blend: Blend) -> None:
 def test_a_token_outside_the_vocabulary_names_its_corpus(tmp_path: Path) -> None:
     documents = [[1] * 50, [1] * 20 + [777] + [1] * 20]
     blend = Blend([Windows(write_corpus(tmp_path / "c", documents), None, 8)], [1], 0)
-    dataset = SampleDataset(blend, in_order, CausalLM(), 777, False)
+    dataset = SampleDataset(blend, in_order, CausalLM(), 777)
     dataset.arrays(np.arange(3))
     with pytest.raises(DataError, match=r"token 777 is outside model\.vocab_size = 777") as caught:
         dataset.arrays(np.arange(10))

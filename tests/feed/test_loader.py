@@ -11,7 +11,7 @@ import torch
 from lmscale.data.windows import Windows
 from lmscale.errors import DataError
 from lmscale.feed.loader import Batch, build_blend, build_train_loader, build_valid_loaders
-from tests.data.corpora import random_documents, write_corpus
+from tests.data.corpora import keys_of, random_documents, write_corpus
 from tests.feed.runs import make_run
 
 # A machine with fewer CPUs than workers is slow, which these tests may be.
@@ -30,7 +30,7 @@ def test_a_run_reads_the_samples_of_its_blend_in_order(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     batches = list(build_train_loader(run, 0, 1, 0, eight))
     blend = build_blend(run)
-    windows = blend.read(blend.locate(np.arange(40)))
+    windows = blend.read(blend.locate(np.arange(40))).tokens
     assert rows(batches) == windows[:, :-1].tolist()
     assert rows(batches, "labels") == windows[:, 1:].tolist()
     assert all(batch["tokens"].shape == (2, 16) and batch["tokens"].dtype == torch.int64 for batch in batches)
@@ -66,9 +66,9 @@ def test_a_resumed_run_reads_on(tmp_path: Path) -> None:
 
 def test_train_valid_and_test_share_no_window(tmp_path: Path) -> None:
     run = make_run(tmp_path, num_corpora=1, overrides=("train.eval_batches=1000",))
-    trained = build_blend(run).windows[0]
+    trained = build_blend(run).sources[0]
     (held_out,) = build_valid_loaders(run, 0, 1).values()
-    seen = {tuple(row) for row in trained.read(np.arange(len(trained)))[:, :-1].tolist()}
+    seen = {tuple(row) for row in trained.read(keys_of(np.arange(trained.num_samples()))).tokens[:, :-1].tolist()}
     held = {tuple(row) for row in rows(list(held_out.read()))}
     assert len(held) > 10
     assert not seen & held
@@ -81,12 +81,15 @@ def test_held_out_corpora_are_read_in_order_and_again_from_the_start(tmp_path: P
     loaders = [build_valid_loaders(run, rank, 2) for rank in range(2)]
     assert list(loaders[0]) == ["books"]
     windows = Windows(corpus, None, 16)
-    assert len(windows) % 4, "the test wants a last batch that is not full"
+    assert windows.num_samples() % 4, "the test wants a last batch that is not full"
     for _ in range(2):
         ranks = [list(loader["books"].read()) for loader in loaders]
         dealt = [batch for pair in zip(*ranks, strict=True) for batch in pair]
-        assert rows(dealt)[: len(windows)] == windows.read(np.arange(len(windows)))[:, :-1].tolist()
-        assert sum(map(sum, rows(dealt, "loss_mask"))) == 16 * len(windows)
+        assert (
+            rows(dealt)[: windows.num_samples()]
+            == windows.read(keys_of(np.arange(windows.num_samples()))).tokens[:, :-1].tolist()
+        )
+        assert sum(map(sum, rows(dealt, "loss_mask"))) == 16 * windows.num_samples()
 
 
 def test_an_evaluation_reads_eval_batches_at_most(tmp_path: Path) -> None:

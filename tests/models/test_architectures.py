@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import largest_difference
+from tests.models.batches import make_batch
 
 pytestmark = pytest.mark.distributed
 
-VOCAB, LENGTH, TARGETS, PLACES = 190, 16, 8, 4
+VOCAB, LENGTH = 190, 16
 MICRO, GLOBAL, STEPS = 2, 8, 3
 TOLERANCE = 1.0e-5
 """Relative, of losses and gradient norms: fp32 sums in another order."""
@@ -66,31 +66,6 @@ def config_keys(model: dict[str, Any], layout: Ranks, dropout: float) -> dict[st
     }
 
 
-def make_batch(architecture: str, step: int) -> dict[str, torch.Tensor]:
-    """Draw a global batch, with padding, some of it without labels."""
-    draw = torch.Generator().manual_seed(step)
-
-    def tokens(length: int) -> torch.Tensor:
-        return torch.randint(0, VOCAB, (GLOBAL, length), generator=draw)
-
-    def ids(length: int) -> torch.Tensor:
-        lengths = torch.randint(length // 2, length + 1, (GLOBAL, 1), generator=draw)
-        return (torch.arange(length) >= lengths).long().neg()
-
-    batch = {"tokens": tokens(LENGTH), "document_ids": ids(LENGTH)}
-    if architecture in ("bart", "t5"):
-        decoder_ids = ids(TARGETS)
-        batch |= {"decoder_tokens": tokens(TARGETS), "decoder_document_ids": decoder_ids}
-        return batch | {"labels": tokens(TARGETS), "loss_mask": (decoder_ids == 0).float()}
-    places = torch.randint(0, LENGTH // 2, (GLOBAL, PLACES), generator=draw)
-    mask = (torch.rand(GLOBAL, PLACES, generator=draw) > 0.3).float()
-    batch |= {"masked_positions": places, "labels": tokens(PLACES), "loss_mask": mask}
-    if architecture == "bert":
-        batch["token_types"] = (torch.arange(LENGTH) > 5).long().repeat(GLOBAL, 1)
-        batch["is_random_next"] = torch.randint(-1, 2, (GLOBAL,), generator=draw)
-    return batch
-
-
 def train_in_rank(keys: dict[str, Any]) -> tuple[list[float], list[float]]:
     """Train some steps and return losses and gradient norms."""
     from lmscale.config.io import parse_run
@@ -108,7 +83,7 @@ def train_in_rank(keys: dict[str, Any]) -> tuple[list[float], list[float]]:
     num = GLOBAL // (MICRO * topology.dp_size)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
-        batch = make_batch(config.model.architecture, step)
+        batch = make_batch(config.model.architecture, step, rows=GLOBAL, vocab_size=VOCAB)
         starts = [(m * topology.dp_size + topology.dp_rank) * MICRO for m in range(num)]
         micro = [{name: array[start : start + MICRO] for name, array in batch.items()} for start in starts]
         result = engine.train_step(micro if engine.reads_data else [], num, step, 1.0e-2)
@@ -123,8 +98,14 @@ def references() -> dict[tuple[str, float], tuple[list[float], list[float]]]:
     return {}
 
 
+QUICK = ("tp2-sp-pp2", "dp2-zero3-recompute", "pp4")
+"""Between them every axis; `make test-all` runs the others."""
+
+
 @pytest.mark.parametrize("architecture", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS]
+)
 def test_losses_and_norms_are_those_of_one_rank(architecture: str, layout: str, references: dict[Any, Any]) -> None:
     chosen = LAYOUTS[layout]
     is_whole = ("tp" not in chosen and chosen["ranks"] != 2) or layout == "pp4"

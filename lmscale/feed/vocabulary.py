@@ -1,0 +1,111 @@
+"""What an objective is told of the run's tokenizer: only what it asks for, and that is there. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from lmscale.config.lengths import NUM_SENTINELS
+from lmscale.config.objective import BartConfig, BertConfig, ObjectiveConfig, RobertaConfig, T5Config
+from lmscale.config.run import RunConfig
+from lmscale.data.source import Source
+from lmscale.data.tokenizer import Tokenizer, load_tokenizer
+from lmscale.errors import DataError
+from lmscale.objectives.base import Vocabulary
+
+_ROWS_OF_T5 = 128
+_SAMPLE_TOKENS = 1 << 18
+_NEEDED = {
+    "bert": ("pad_id", "cls_id", "sep_id", "mask_id"),
+    "roberta": ("pad_id", "bos_id", "eos_id", "mask_id"),
+    "bart": ("pad_id", "bos_id", "eos_id", "mask_id"),
+    "t5": ("pad_id", "eos_id"),
+}
+
+
+def vocabulary_multiple(objective: ObjectiveConfig) -> int:
+    """Return what the tokenizer's vocabulary may be rounded up to a multiple of, to be the model's.
+
+    The published T5 models have 32,128 rows for 32,100 ids.
+    """
+    return _ROWS_OF_T5 if isinstance(objective, T5Config) else 1
+
+
+def build_vocabulary(config: RunConfig) -> Vocabulary:
+    """Describe the tokenizer of a run to its objective; causal_lm does without one.
+
+    Raises:
+        DataError: if there is no tokenizer, or it lacks what the objective needs.
+    """
+    objective = config.objective
+    if config.tokenizer is None or objective.name == "causal_lm":
+        return Vocabulary(config.model.vocab_size)
+    tokenizer = load_tokenizer(config.tokenizer)
+    _check_ids(tokenizer, objective, config.tokenizer.path)
+    return Vocabulary(
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        mask_id=tokenizer.mask_id,
+        cls_id=tokenizer.cls_id,
+        sep_id=tokenizer.sep_id,
+        sentinel_ids=tuple(tokenizer.sentinel_ids),
+        special_ids=np.array(tokenizer.special_ids, np.int64),
+        is_word_start=tokenizer.word_starts() if _reads_words(objective) else None,
+        full_stop_id=_full_stop_id(tokenizer, objective, config.tokenizer.path),
+    )
+
+
+def _check_ids(tokenizer: Tokenizer, objective: ObjectiveConfig, path: str) -> None:
+    for name in _NEEDED[objective.name]:
+        if getattr(tokenizer, name) is None:
+            raise DataError(
+                f"has no {name.removesuffix('_id')} id, which objective {objective.name} needs",
+                field="tokenizer.path",
+                value=path,
+            )
+    if isinstance(objective, T5Config) and len(tokenizer.sentinel_ids) < NUM_SENTINELS:
+        raise DataError(
+            f"has {len(tokenizer.sentinel_ids)} of the {NUM_SENTINELS} sentinels <extra_id_0>, <extra_id_1>, ... of t5",
+            field="tokenizer.path",
+            value=path,
+        )
+
+
+def _reads_words(objective: ObjectiveConfig) -> bool:
+    if isinstance(objective, BartConfig):
+        return objective.masking != "tokens"
+    return isinstance(objective, BertConfig | RobertaConfig) and objective.whole_words
+
+
+def _full_stop_id(tokenizer: Tokenizer, objective: ObjectiveConfig, path: str) -> int | None:
+    if not isinstance(objective, BartConfig) or objective.permuted_share == 0:
+        return None
+    number = tokenizer.piece_id(objective.full_stop)
+    if number is None:
+        raise DataError(
+            f"the tokenizer {path} has no such piece",
+            field="objective.full_stop",
+            value=objective.full_stop,
+            remedy="name the piece that ends its sentences, or set objective.permuted_share to 0",
+        )
+    return number
+
+
+def check_full_stop(vocabulary: Vocabulary, objective: ObjectiveConfig, sources: Iterable[Source]) -> None:
+    """Check that sentences end where the objective looks for their ends: else it would permute nothing, silently.
+
+    Raises:
+        DataError: if the first 2^18 tokens of a corpus have no full stop.
+    """
+    if vocabulary.full_stop_id is None or not isinstance(objective, BartConfig):
+        return
+    for source in sources:
+        if not (source.corpus.tokens[:_SAMPLE_TOKENS] == vocabulary.full_stop_id).any():
+            raise DataError(
+                f"its first {_SAMPLE_TOKENS:,} tokens have no full stop, objective.full_stop = {objective.full_stop!r}",
+                field=source.corpus.prefix,
+                remedy="name the piece that ends its sentences, or set objective.permuted_share to 0",
+            )
