@@ -275,7 +275,7 @@ def _print_losses(measured: list[HeldOutLoss], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    numbers = [Column(name, justify="right") for name in ("windows", "tokens", "loss, nats per token", "perplexity")]
+    numbers = [Column(name, justify="right") for name in ("samples", "tokens", "loss, nats per token", "perplexity")]
     table = Table("corpus", *numbers)
     for loss in measured:
         figures = f"{loss.num_windows:,}", f"{loss.num_tokens:,}", f"{loss.loss:.4f}", f"{loss.perplexity:.2f}"

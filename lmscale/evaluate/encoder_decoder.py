@@ -66,7 +66,7 @@ class EncoderDecoderModel(TrainedModel):
         sentinels = self.tokenizer.sentinel_ids
         rows = zip(ids, new, strict=True)
         filled = [fill_spans(old, out, sentinels) if set(sentinels) & set(old) else out for old, out in rows]
-        return [self.tokenizer.decode(row) for row in filled]
+        return [self.decode(row) for row in filled]
 
     @torch.no_grad()
     def generate_ids(  # type: ignore[override]

@@ -96,7 +96,7 @@ class LanguageModel(TrainedModel):
         sampling = Sampling(temperature, top_k, top_p, seed)
         stop_id = self.tokenizer.eos_id if stop_at_eos else None
         new = self.generate_ids(ids, max_new_tokens, sampling, stop_id)
-        return [self.tokenizer.decode([*before, *after]) for before, after in zip(ids, new, strict=True)]
+        return [self.decode([*before, *after]) for before, after in zip(ids, new, strict=True)]
 
     @torch.no_grad()
     def generate_ids(  # type: ignore[override]

@@ -232,7 +232,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 value=num_new,
                 remedy="set it in the task's generation_kwargs",
             )
-        decode = self._model.tokenizer.decode
+        decode = self._model.decode
         ids = [self._cut(self.tok_encode(context), reads) for context in contexts]
         if self.backend == "causal":
             ids = [row or [self.prefix_token_id] for row in ids]

@@ -72,7 +72,7 @@ class MaskedModel(TrainedModel):
         for ids, gaps in zip(rows, places, strict=True):
             for place in gaps:
                 ids[place] = next(chosen)
-        return [self.tokenizer.decode(ids) for ids in rows]
+        return [self.decode(ids) for ids in rows]
 
     def fill(  # type: ignore[override]
         self, text: str | Sequence[int], top_k: int = DEFAULT_CANDIDATES
@@ -95,7 +95,7 @@ class MaskedModel(TrainedModel):
         logits = self._masked_logits(rows, [self._places(ids) for ids in rows])
         probabilities, ids = logits.softmax(dim=-1).topk(min(top_k, logits.size(-1)), dim=-1)
         return [
-            [Candidate(token, self.tokenizer.decode([token]), share) for token, share in zip(*row, strict=True)]
+            [Candidate(token, self.decode([token]), share) for token, share in zip(*row, strict=True)]
             for row in zip(ids.tolist(), probabilities.tolist(), strict=True)
         ]
 

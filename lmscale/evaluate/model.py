@@ -211,6 +211,10 @@ class TrainedModel:
             return [[int(item) for item in prompts]] if prompts else []  # type: ignore[arg-type]
         return [[int(number) for number in item] for item in prompts]  # type: ignore[union-attr]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special tokens and without rows of the table that stand for no token."""
+        return self.tokenizer.decode([token for token in ids if token < self.tokenizer.vocab_size])
+
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode_batch(texts)
 
