@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 from plot import Plot
+from unigram import unigram_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME, PAGE, PICTURE = Path("learning"), Path("docs/learning.md"), Path("docs/learning.svg")
@@ -141,11 +142,12 @@ def main() -> int:
             f"| {objective} | {layout} | {curve[0][1]:.2f} | {curve[-1][1]:.2f} | {held_out:.2f} | {seconds:.0f} |"
         )
     PICTURE.write_text(Plot(curves).svg(), encoding="utf-8")
-    PAGE.write_text(_page(rows), encoding="utf-8")
+    unigram = unigram_entropy(HOME / "train", HOME / "valid", VOCAB_SIZE)
+    PAGE.write_text(_page(rows, unigram), encoding="utf-8")
     return 0 if has_learned else 1
 
 
-def _page(rows: list[str]) -> str:
+def _page(rows: list[str], unigram: float) -> str:
     lines = [
         "# Every objective learns",
         "",
@@ -159,6 +161,10 @@ def _page(rows: list[str]) -> str:
         "| objective | layout | first loss | last loss | held-out loss | s, start included |",
         "|---|---|---|---|---|---|",
         *rows,
+        "",
+        f"A model that knows the frequencies of tokens alone would lose {unigram:.2f} nats on the held-out text. bert,",
+        "roberta and bart get about there in these few steps: a sixth or less of their places are predicted, and masked",
+        "models take some thousands of steps before they look at the words around.",
         "",
         "`.venv/bin/python tools/learning_curves.py` writes this page again.",
         "",

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from plot import Plot
 from rich.console import Console
 from rich.markup import escape
+from unigram import unigram_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path("quickstart")
@@ -89,7 +89,10 @@ def main() -> int:
     work.lmscale("train", RUN_YAML, "--devices", str(_num_devices()))
 
     metrics = _read_metrics()
-    held_out, unigram = _last(metrics, f"valid/{VALID_NAME}/lm_loss"), unigram_entropy()
+    held_out, unigram = (
+        _last(metrics, f"valid/{VALID_NAME}/lm_loss"),
+        unigram_entropy(HOME / "train", HOME / "valid", VOCAB_SIZE),
+    )
     learned = held_out <= LARGEST_SHARE_OF_UNIGRAM * unigram
     checkpoint = max((RUN_DIR / "checkpoints").glob("step-*"))
     work.sample = work.lmscale(
@@ -146,16 +149,6 @@ def write_corpus(work: Quickstart) -> None:
     console.print(work.figures["corpus"])
 
 
-def unigram_entropy() -> float:
-    """Compute the loss, in nats per held-out token, of a model that knows how frequent each token is and nothing else.
-
-    p(v) = (count of v in the training tokens + 1) / (training tokens + vocabulary), and the result is the mean of
-    -log p over the held-out tokens.
-    """
-    counts = np.bincount(_tokens(HOME / "train"), minlength=VOCAB_SIZE) + 1.0
-    return float(-np.log(counts / counts.sum())[_tokens(HOME / "valid")].mean())
-
-
 def write_report(work: Quickstart, metrics: list[dict[str, Any]], unigram: float) -> Path:
     """Write quickstart/report.md and the loss curve beside it."""
     (HOME / "loss.svg").write_text(_loss_curve(metrics, unigram), encoding="utf-8")
@@ -173,12 +166,6 @@ def _loss_curve(metrics: list[dict[str, Any]], unigram: float) -> str:
     tags = ("train/lm_loss", f"valid/{VALID_NAME}/lm_loss")
     curves = {tag: [(line["step"], line[tag]) for line in metrics if tag in line] for tag in tags}
     return Plot(curves, {"unigram": unigram}).svg()
-
-
-def _tokens(prefix: Path) -> Any:
-    from lmscale.data.indexed import IndexedCorpus
-
-    return IndexedCorpus(prefix).tokens
 
 
 def _read_metrics() -> list[dict[str, Any]]:
