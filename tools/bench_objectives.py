@@ -231,8 +231,10 @@ def their_batches(dataset: Any, num_workers: int) -> Iterator[dict[str, Any]]:
 
 def filled(batch: dict[str, Any]) -> float:
     """Return how many tokens of a sample are not padding, in the mean; where nothing tells padding, there is none."""
+    import numpy as np
+
     is_token = [batch[name] > above for name, above in NOT_PADDING.items() if name in batch]
-    return float(is_token[0].sum()) / BATCH_SIZE if is_token else float(SEQ_LENGTH)
+    return np.count_nonzero(is_token[0]) / BATCH_SIZE if is_token else SEQ_LENGTH
 
 
 def tally(batches: Iterable[dict[str, Any]], fill: list[float]) -> Iterator[dict[str, Any]]:
