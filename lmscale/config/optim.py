@@ -47,8 +47,9 @@ class LossScaleConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the rate's schedule, on the clock of consumed tokens."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: Adam with decoupled weight decay; sgd: plain gradient descent with decoupled weight decay."""
+    name: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    """adamw: Adam with decoupled weight decay; sgd: plain gradient descent with decoupled weight decay; adafactor: T5's,
+    with second moments factored into rows and columns, without momentum."""
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
@@ -66,6 +67,18 @@ class OptimConfig(Section):
     Read with adam_bias_correction: true only; without a correction there is no difference."""
     adam_bias_correction: bool = True
     """Correct the moments for their start at zero; BERT did not."""
+    adafactor_decay_exponent: float = Field(0.8, gt=0, le=1)
+    """The second moments' decay at the t-th update is 1 - t^-exponent. This and the following: adafactor only."""
+    adafactor_eps1: float = Field(1.0e-30, gt=0)
+    """Added to squared gradients."""
+    adafactor_eps2: float = Field(1.0e-3, gt=0)
+    """Least scale of a parameter."""
+    adafactor_clip: float = Field(1.0, gt=0)
+    """An update is scaled down so that its root mean square is at most this, before the rate."""
+    adafactor_scale_parameter: bool = True
+    """Multiply the rate by each parameter's root mean square."""
+    adafactor_min_dim: int = Field(128, gt=0)
+    """Matrices whose smaller dimension is below this keep their second moment whole."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled so that their global L2 norm is at most this; 0 turns clipping off."""
     lr_warmup_tokens: int = Field(0, ge=0)

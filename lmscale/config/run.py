@@ -350,11 +350,11 @@ def _options_are_read(config: RunConfig) -> None:
         raise ConfigError(
             "is read with optim.adam_bias_correction: true only", field="optim.adam_eps_mode", value="raw"
         )
-    if optim.name != "adamw":
-        for key in ("adam_beta1", "adam_beta2", "adam_eps", "adam_eps_mode", "adam_bias_correction"):
-            if getattr(optim, key) != OptimConfig.model_fields[key].default:
+    for name, prefix in (("adamw", "adam_"), ("adafactor", "adafactor_")):
+        for key, field in OptimConfig.model_fields.items():
+            if optim.name != name and key.startswith(prefix) and getattr(optim, key) != field.default:
                 raise ConfigError(
-                    "is read with optim.name: adamw only", field=f"optim.{key}", value=getattr(optim, key)
+                    f"is read with optim.name: {name} only", field=f"optim.{key}", value=getattr(optim, key)
                 )
     if model.position_embedding != "rope" and model.rope_theta != ModelConfig.model_fields["rope_theta"].default:
         raise ConfigError(

@@ -62,6 +62,13 @@ BROKEN = [
     ),
     ([*RAMP, "batch.ramp.increment=2"], 2, "batch.ramp.increment = 2: must be a multiple of", "use 4"),
     (["optim.lr_warmup_tokens=10000"], 1, "optim.lr_warmup_tokens = 10000: the warm-up must end before the decay", ""),
+    (
+        ["optim.name=adafactor", "optim.adam_beta2=0.9"],
+        1,
+        "optim.adam_beta2 = 0.9: is read with optim.name: adamw only",
+        "",
+    ),
+    (["optim.adafactor_clip=2"], 1, "optim.adafactor_clip = 2.0: is read with optim.name: adafactor only", ""),
     (["optim.min_lr=1"], 1, "optim.min_lr = 1.0: must be at most optim.lr = 0.001", ""),
     (["loss_scale.initial=16"], 1, "loss_scale: scales the loss of fp16, and precision is fp32", "precision: fp16"),
     (["precision=fp16", "loss_scale.initial=3"], 1, "loss_scale.initial = 3: must be a power of two", ""),
