@@ -53,7 +53,7 @@ class OptimConfig(Section):
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
-    """Rate at the end of the decay and after."""
+    """Rate at the end of the decay and after; the least rate of inverse_sqrt."""
     weight_decay: float = Field(0.1, ge=0)
     """Decay of matrices and embeddings; biases and norms are not decayed."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -82,8 +82,11 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled so that their global L2 norm is at most this; 0 turns clipping off."""
     lr_warmup_tokens: int = Field(0, ge=0)
-    """Tokens over which the rate rises linearly from 0; the first step's rate is not 0."""
+    """Tokens of the warm-up."""
+    lr_warmup_style: Literal["linear", "constant"] = "linear"
+    """linear: the rate rises from 0, and the first step's is above it; constant: it is lr from the first step on. Read with
+    lr_warmup_tokens above 0 only."""
     lr_decay_tokens: int | None = Field(None, gt=0)
     """Tokens, counted from the start of the run, at which the decay ends at min_lr; left out, train.train_tokens."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """Shape of the decay after the warm-up; inverse_sqrt: lr sqrt(lr_warmup_tokens / tokens), which has no end."""

@@ -67,6 +67,8 @@ def shrink(
     nominal = sample_lengths(DataConfig.model_validate(keys["data"]), config.objective).nominal
     train_tokens = steps * keys["batch"]["global_batch_size"] * nominal
     keys["optim"] |= _schedule(config, train_tokens)
+    if config.optim.name == "adafactor":  # its matrices stay factored
+        keys["optim"]["adafactor_min_dim"] = min(config.optim.adafactor_min_dim, keys["model"]["hidden_size"])
     keys["train"] |= {"train_tokens": train_tokens, "stop_at_step": steps, "log_interval": 1, "eval_interval": 0}
     keys["train"]["compile"] = False
     keys["checkpoint"] = {"save_interval": 0, "resume": "never"}
@@ -169,7 +171,7 @@ def _batch(config: RunConfig, dp_multiple: int) -> dict[str, Any]:
 
 def _schedule(config: RunConfig, train_tokens: int) -> dict[str, Any]:
     optim, share = config.optim, train_tokens / config.train.train_tokens
-    warmup_tokens = int(optim.lr_warmup_tokens * share)
+    warmup_tokens = max(min(1, optim.lr_warmup_tokens), int(optim.lr_warmup_tokens * share))
     decay_tokens = optim.lr_decay_tokens and max(warmup_tokens + 1, int(optim.lr_decay_tokens * share))
     return {"lr_warmup_tokens": min(warmup_tokens, train_tokens - 1), "lr_decay_tokens": decay_tokens}
 
