@@ -69,6 +69,3 @@ FIELDS: tuple[Field, ...] = (
 
 PADDING_ID = -1
 """document_ids of padding."""
-
-INPUT_NAMES: tuple[str, ...] = tuple(field.name for field in FIELDS if field.side == "input")
-LABEL_NAMES: tuple[str, ...] = tuple(field.name for field in FIELDS if field.side == "label")

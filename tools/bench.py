@@ -24,6 +24,8 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "sentencepiece")
+SCRIPTS = {"data": "bench_data.py", "objectives": "bench_objectives.py"}
+"""Parts that print their own tables."""
 START_RUNS = 5
 GOAL_OF_HELP_S, GOAL_OF_REFUSAL_S = 0.3, 1.0
 WRONG_RUN = """
@@ -77,11 +79,11 @@ def start() -> Iterator[Sheet]:
     yield sheet
 
 
-def data() -> str:
-    """Run tools/bench_data.py in a process of its own and return what it prints."""
+def printed_by(script: str) -> str:
+    """Run a script of tools/ in a process of its own and return what it prints."""
     environment = {**os.environ, "COLUMNS": "110"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "bench_data.py")], stdout=subprocess.PIPE, env=environment, text=True
+        [sys.executable, str(ROOT / "tools" / script)], stdout=subprocess.PIPE, env=environment, text=True
     )
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -109,7 +111,7 @@ def machine() -> list[str]:
 
 def main() -> int:
     """Measure, print, write the page."""
-    parts = ("step", "ranks", "memory", "data", "start", "gpu")
+    parts = ("step", "ranks", "memory", *SCRIPTS, "start", "gpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="measure these, and write nothing")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a race, in which all take turns")
@@ -137,10 +139,10 @@ def main() -> int:
     for part in parts:
         if part not in options.only:
             continue
-        if part == "data":
-            printed = data()
+        if part in SCRIPTS:
+            printed = printed_by(SCRIPTS[part])
             console.print(printed, highlight=False, markup=False)
-            sections.append(f"## Data\n\n```text\n{printed.strip()}\n```\n")
+            sections.append(f"## {part.capitalize()}\n\n```text\n{printed.strip()}\n```\n")
         elif part in measured:
             for sheet in measured[part]():
                 console.print(sheet.rich())

@@ -37,12 +37,12 @@ COPIES = 2
 """Of the text: workers take half a second to start, and a corpus worth tokenizing takes longer than that."""
 
 
-def write_text(path: Path) -> None:
+def write_text(path: Path, copies: int = COPIES) -> None:
     """Write the standard library's sources, a document a file, as JSON lines."""
     root = Path(sysconfig.get_path("stdlib"))
     sources = [source for source in sorted(root.rglob("*.py")) if "site-packages" not in source.parts]
     with path.open("w") as file:
-        for source in sources * COPIES:
+        for source in sources * copies:
             file.write(json.dumps({"text": source.read_text(errors="ignore")}) + "\n")
 
 
@@ -76,14 +76,19 @@ def tokenizing_rates(text: Path, tokenizer: TokenizerConfig, prefix: Path, round
     return median_rates({"sentencepiece": sentencepiece_alone, "lmscale": lmscale}, rounds)
 
 
-def samples_per_second(batches: Iterator[Any], seconds: float) -> float:
+def samples_per_second(
+    batches: Iterator[Any],
+    seconds: float,
+    batch_size: int = MICRO_BATCH_SIZE,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Read batches for some seconds, from when the first is there."""
     next(batches)
-    began = time.perf_counter()
+    began = clock()
     count = 0
-    while (elapsed := time.perf_counter() - began) < seconds:
+    while (elapsed := clock() - began) < seconds:
         next(batches)
-        count += MICRO_BATCH_SIZE
+        count += batch_size
     return count / elapsed
 
 

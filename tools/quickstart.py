@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from plot import Plot
 from rich.console import Console
 from rich.markup import escape
+from unigram import unigram_entropy
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path("quickstart")
@@ -88,7 +89,10 @@ def main() -> int:
     work.lmscale("train", RUN_YAML, "--devices", str(_num_devices()))
 
     metrics = _read_metrics()
-    held_out, unigram = _last(metrics, f"valid/{VALID_NAME}/lm_loss"), unigram_entropy()
+    held_out, unigram = (
+        _last(metrics, f"valid/{VALID_NAME}/lm_loss"),
+        unigram_entropy(HOME / "train", HOME / "valid", VOCAB_SIZE),
+    )
     learned = held_out <= LARGEST_SHARE_OF_UNIGRAM * unigram
     checkpoint = max((RUN_DIR / "checkpoints").glob("step-*"))
     work.sample = work.lmscale(
@@ -145,16 +149,6 @@ def write_corpus(work: Quickstart) -> None:
     console.print(work.figures["corpus"])
 
 
-def unigram_entropy() -> float:
-    """Compute the loss, in nats per held-out token, of a model that knows how frequent each token is and nothing else.
-
-    p(v) = (count of v in the training tokens + 1) / (training tokens + vocabulary), and the result is the mean of
-    -log p over the held-out tokens.
-    """
-    counts = np.bincount(_tokens(HOME / "train"), minlength=VOCAB_SIZE) + 1.0
-    return float(-np.log(counts / counts.sum())[_tokens(HOME / "valid")].mean())
-
-
 def write_report(work: Quickstart, metrics: list[dict[str, Any]], unigram: float) -> Path:
     """Write quickstart/report.md and the loss curve beside it."""
     (HOME / "loss.svg").write_text(_loss_curve(metrics, unigram), encoding="utf-8")
@@ -169,50 +163,9 @@ def write_report(work: Quickstart, metrics: list[dict[str, Any]], unigram: float
 
 
 def _loss_curve(metrics: list[dict[str, Any]], unigram: float) -> str:
-    width, height, margin = 640, 320, 48
-    train = [(line["step"], line["train/lm_loss"]) for line in metrics if "train/lm_loss" in line]
-    key = f"valid/{VALID_NAME}/lm_loss"
-    valid = [(line["step"], line[key]) for line in metrics if key in line]
-    losses = [loss for _, loss in train + valid] + [unigram]
-    low, high, last = min(losses), max(losses), metrics[-1]["step"]
-
-    def x(step: float) -> float:
-        return margin + (width - 2 * margin) * step / last
-
-    def y(loss: float) -> float:
-        return margin + (height - 2 * margin) * (high - loss) / max(high - low, 1e-9)
-
-    def line(points: list[tuple[float, float]], color: str) -> str:
-        path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
-        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>'
-
-    def label(at_x: float, at_y: float, text: str, color: str = "#444") -> str:
-        font = 'font-family="sans-serif" font-size="12"'
-        return f'<text x="{at_x:.0f}" y="{at_y:.0f}" {font} fill="{color}">{text}</text>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        line(train, "#1f77b4"),
-        line(valid, "#d62728"),
-        f'<line x1="{margin}" x2="{width - margin}" y1="{y(unigram):.1f}" y2="{y(unigram):.1f}" '
-        'stroke="#888" stroke-dasharray="4 4"/>',
-        label(width - margin - 110, y(unigram) - 5, f"unigram {unigram:.2f}", "#888"),
-        label(margin, 20, "train/lm_loss", "#1f77b4"),
-        label(margin + 110, 20, key, "#d62728"),
-        label(8, y(high) + 4, f"{high:.1f}"),
-        label(8, y(low) + 4, f"{low:.1f}"),
-        label(margin, height - 16, "step 0"),
-        label(width - margin - 40, height - 16, f"step {last}"),
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _tokens(prefix: Path) -> Any:
-    from lmscale.data.indexed import IndexedCorpus
-
-    return IndexedCorpus(prefix).tokens
+    tags = ("train/lm_loss", f"valid/{VALID_NAME}/lm_loss")
+    curves = {tag: [(line["step"], line[tag]) for line in metrics if tag in line] for tag in tags}
+    return Plot(curves, {"unigram": unigram}).svg()
 
 
 def _read_metrics() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ parallelism, and rank 0 prints.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -20,7 +21,8 @@ import typer
 from lmscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from lmscale.evaluate.inference import LanguageModel
+    from lmscale.evaluate.lm_eval import TaskResult
+    from lmscale.evaluate.model import TrainedModel
     from lmscale.evaluate.perplexity import HeldOutLoss
 
 
@@ -41,22 +43,42 @@ PrecisionOption = Annotated[Precision | None, typer.Option(help="Left out: the r
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The text to continue (gpt) or to complete: gaps are written <mask>, or <extra_id_0> ... (t5)."
+        ),
+    ],
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Left out: 128, or what the prompt leaves of the model's positions.")
+        int | None,
+        typer.Option(help="Left out: 128, or what there is of the model's positions. Not read by bert and roberta."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; lower is less varied.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the K likeliest tokens.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; lower is less varied. Left out: 1; with bert and roberta, 0."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw among the K likeliest tokens. Greedy bert and roberta: show them, for each mask."),
+    ] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to P.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds, equal text. Left out: another text each time.")] = None,
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> None:
-    """Write text: the prompt and how a checkpoint goes on from it, to the end of the document or of the room."""
+    """Write text. What is written depends on the checkpoint's architecture.
+
+    gpt: the prompt and how the model goes on from it, to the end of the document or of the room. bert, roberta: the
+    prompt with its masks filled. bart: the text that the model makes of the prompt. t5: likewise or, where the prompt
+    has sentinels, the prompt with their spans filled in.
+    """
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = {name: value for name, value in {**options, "seed": seed}.items() if value is not None}
     with _opened(checkpoint, device, precision) as model:
-        (text,) = model.generate(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        lines = _candidates(model, prompt, options) if model.config.model.is_encoder_only else []
+        lines = [*model.generate(prompt, **options), *lines]
     if _is_first_rank():
-        typer.echo(text)
+        typer.echo("\n".join(lines))
 
 
 def evaluate(
@@ -65,6 +87,23 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="PREFIX", help="A tokenized corpus. Repeatable. Left out: the run's held-out corpora."),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS", help="Run these tasks of lm-evaluation-harness instead, as in piqa,lambada_openai."
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --lm-eval: a directory with more tasks, in YAML.")
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --lm-eval: questions of each task; below 1, a share of them."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="K", help="With --lm-eval: examples before each question. Left out: the task's."),
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples read at a time. Left out: the run's micro batch.")
     ] = None,
@@ -72,7 +111,20 @@ def evaluate(
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> None:
-    """Measure a checkpoint's loss and perplexity on tokenized text, every window once."""
+    """Measure a checkpoint: loss and perplexity on tokenized text, every sample once; or tasks of a harness."""
+    if lm_eval is not None:
+        if data:
+            raise ConfigError(
+                "is not read with --lm-eval", field="--data", value=data[0], remedy="leave one of them out"
+            )
+        tasks = [task for task in lm_eval.split(",") if task]
+        results = _run_tasks(checkpoint, device, precision, tasks, tasks_dir, limit, num_fewshot, batch_size)
+        if _is_first_rank():
+            _print_results(results, as_json)
+        return
+    for name, value in (("--tasks-dir", tasks_dir), ("--limit", limit), ("--num-fewshot", num_fewshot)):
+        if value is not None:
+            raise ConfigError("is read with --lm-eval only", field=name, value=str(value), remedy="leave it out")
     with _opened(checkpoint, device, precision) as model:
         from lmscale.evaluate.perplexity import measure_corpus
 
@@ -123,7 +175,7 @@ def verify(
 
 
 @contextlib.contextmanager
-def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -> Iterator[LanguageModel]:
+def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -> Iterator[TrainedModel]:
     """Load a model, and leave its process groups at the end."""
     if not checkpoint.is_dir():
         raise CheckpointError("does not exist", field="checkpoint", value=str(checkpoint))
@@ -161,6 +213,53 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compile
 
 
+def _candidates(model: TrainedModel, prompt: str, options: dict[str, Any]) -> list[str]:
+    """Describe the likeliest tokens of each mask, where they are asked for and not to be drawn among."""
+    if "max_new_tokens" in options:
+        raise ConfigError(
+            f"is not read by {model.config.model.architecture}, which fills masks",
+            field="--max-new-tokens",
+            value=options["max_new_tokens"],
+            remedy="leave it out",
+        )
+    if "top_k" not in options or options.get("temperature"):
+        return []
+    rows = enumerate(model.fill(prompt, options["top_k"]), start=1)
+    return [f"mask {number}: " + ", ".join(f"{c.text!r} {c.probability:.4f}" for c in row) for number, row in rows]
+
+
+def _run_tasks(
+    checkpoint: Path,
+    device: str | None,
+    precision: Precision | None,
+    tasks: list[str],
+    tasks_dir: Path | None,
+    limit: float | None,
+    num_fewshot: int | None,
+    batch_size: int | None,
+) -> list[TaskResult]:
+    if not tasks:
+        raise ConfigError("names no task", field="--lm-eval")
+    if limit is not None and limit <= 0:
+        raise ConfigError("must be above 0", field="--limit", value=limit)
+    if importlib.util.find_spec("lm_eval") is None:
+        rule = "needs lm-evaluation-harness, which is not installed"
+        raise ConfigError(rule, field="--lm-eval", remedy="pip install lmscale[eval]")
+    if tasks_dir is not None and not tasks_dir.is_dir():
+        raise ConfigError("is not a directory", field="--tasks-dir", value=str(tasks_dir))
+    with _opened(checkpoint, device, precision) as model:
+        from lmscale.evaluate.lm_eval import run_tasks
+
+        return run_tasks(
+            model,
+            tasks,
+            tasks_dir=str(tasks_dir) if tasks_dir is not None else None,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+        )
+
+
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -176,9 +275,28 @@ def _print_losses(measured: list[HeldOutLoss], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    numbers = [Column(name, justify="right") for name in ("windows", "tokens", "loss, nats per token", "perplexity")]
+    numbers = [Column(name, justify="right") for name in ("samples", "tokens", "loss, nats per token", "perplexity")]
     table = Table("corpus", *numbers)
     for loss in measured:
         figures = f"{loss.num_windows:,}", f"{loss.num_tokens:,}", f"{loss.loss:.4f}", f"{loss.perplexity:.2f}"
         table.add_row(loss.prefix, *figures)
+    Console().print(table)
+
+
+def _print_results(results: list[TaskResult], as_json: bool) -> None:
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        typer.echo(json.dumps([asdict(result) for result in results], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    numbers = [Column(name, justify="right") for name in ("shots", "questions")]
+    table = Table("task", *numbers, "metric", Column("value", justify="right"), Column("std. error", justify="right"))
+    for result in results:
+        counts = ("" if number is None else f"{number:,}" for number in (result.num_shots, result.num_samples))
+        error = "" if result.stderr is None else f"{result.stderr:.4f}"
+        table.add_row(result.task, *counts, result.metric, f"{result.value:.4f}", error)
     Console().print(table)

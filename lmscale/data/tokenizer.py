@@ -49,6 +49,8 @@ class Tokenizer(Protocol):
     mask_id: int | None
     cls_id: int | None
     sep_id: int | None
+    mask_text: str | None
+    """How people write the mask in a prompt."""
     sentinel_ids: list[int]
     """Of <extra_id_0>, <extra_id_1>, ...; ours descend from vocab_size - 1."""
     special_ids: list[int]
@@ -109,6 +111,7 @@ class SentencePieceTokenizer:
         self.bos_id = self._special(self._processor.bos_id(), "<s>")
         self.eos_id = self._special(self._processor.eos_id(), "</s>")
         self.mask_id, self.cls_id, self.sep_id = (self._special(-1, name) for name in ("<mask>", "<cls>", "<sep>"))
+        self.mask_text: str | None = "<mask>" if self.mask_id is not None else None
         sentinels = (self._special(-1, f"<extra_id_{number}>") for number in range(NUM_SENTINELS))
         self.sentinel_ids = [number for number in sentinels if number is not None]
         numbers = list(range(self.vocab_size))
@@ -195,6 +198,7 @@ class HfTokenizer:
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.eos_id: int | None = self._tokenizer.eos_token_id
         self.mask_id: int | None = self._tokenizer.mask_token_id
+        self.mask_text: str | None = self._tokenizer.mask_token
         self.cls_id: int | None = self._tokenizer.cls_token_id
         self.sep_id: int | None = self._tokenizer.sep_token_id
         vocabulary = self._tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""Sequences of different lengths as one batch, padded on the left."""
+"""Sequences of different lengths as one batch: padded on the left to be continued, on the right to be read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lmscale.batch import PADDING_ID
 from lmscale.config.model import ModelConfig
 from lmscale.errors import ConfigError
 
@@ -30,6 +31,10 @@ class Padded:
     def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The record as the first layer takes it off the wire."""
         return self.tokens, self.positions, self.document_ids
+
+    def without_last(self) -> Padded:
+        """Drop the last token of each sequence."""
+        return Padded(self.tokens[:, :-1], self.positions[:, :-1], self.document_ids[:, :-1])
 
     def after(self, tokens: torch.Tensor) -> Padded:
         """Make the record of one new token for each sequence, to be read behind this one.
@@ -55,11 +60,28 @@ def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> Padded
     return Padded(torch.stack(rows).to(device), places.clamp(min=0).to(device), document_ids.to(device))
 
 
+def pad_right(sequences: Sequence[Sequence[int]], device: torch.device, pad_id: int = 0) -> Padded:
+    """Pad token ids on the right to the longest of them: document ids are 0, those of padding -1, as in training.
+
+    Args:
+        sequences: any may be empty, but not all.
+        device: of the result.
+        pad_id: what the padding holds; nothing sees it.
+    """
+    longest = max(map(len, sequences))
+    rows = [[*sequence, *[pad_id] * (longest - len(sequence))] for sequence in sequences]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    positions = torch.arange(longest).repeat(len(rows), 1)
+    document_ids = torch.where(positions < lengths[:, None], 0, PADDING_ID)
+    tokens = torch.tensor(rows, dtype=torch.int64)
+    return Padded(tokens.to(device), positions.to(device), document_ids.to(device))
+
+
 def check_sequences(sequences: Sequence[Sequence[int]], model: ModelConfig, num_new: int = 0) -> None:
     """Check that a model can read sequences and write num_new tokens behind each.
 
     Raises:
-        ConfigError: if one is empty, has an id outside the vocabulary, or is too long.
+        ConfigError: if one is empty, has an id outside the vocabulary, or is too long; with relative positions none is.
     """
     for ids in sequences:
         if not ids:
@@ -68,7 +90,8 @@ def check_sequences(sequences: Sequence[Sequence[int]], model: ModelConfig, num_
         if wrong is not None:
             rule = f"is outside the model's vocabulary of {model.vocab_size}"
             raise ConfigError(rule, field="token id", value=wrong, remedy="use the tokenizer of the model's run")
-        if len(ids) + num_new > model.max_position_embeddings:
+        has_limit = model.position_embedding != "relative"
+        if has_limit and len(ids) + num_new > model.max_position_embeddings:
             new = f" and {num_new} new ones are" if num_new else ", which is"
             raise ConfigError(
                 f"{len(ids)} tokens{new} more than model.max_position_embeddings = {model.max_position_embeddings}",

@@ -85,7 +85,8 @@ def build_module(
 ) -> tuple[SequentialModel, ModelContext]:
     """Build this rank's slice of a checkpoint's model, in eval mode.
 
-    Positions and document ids are on its wire always, so that sequences of different lengths share a batch.
+    Positions and document ids are on its wire always, so that sequences of different lengths share a batch and, in a
+    decoder, tokens can be read one at a time.
 
     Args:
         reader: the checkpoint.
@@ -100,7 +101,14 @@ def build_module(
         raise ConfigError(f"must be one of {', '.join(DTYPES)}", field="precision", value=precision)
     blank = _Blank(config.train.seed)
     context = replace(
-        build_context(config.model, topology, seed=config.train.seed, isolates_documents=True),
+        build_context(
+            config.model,
+            topology,
+            seed=config.train.seed,
+            objective=config.objective,
+            isolates_documents=True,
+            packs_examples=True,
+        ),
         weights=blank,
         transformer=build_transformer_config(config.model, blank, topology.tp_size, sequence_parallel=False),
     )

@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from lmscale.batch import LABELS, LOSS_MASK
+from lmscale import batch as fields
 from lmscale.data.blend import Blend
 from lmscale.data.source import Source
-from lmscale.evaluate.inference import LanguageModel
+from lmscale.evaluate.model import TrainedModel
 from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.feed.sources import open_whole
-from lmscale.feed.vocabulary import build_vocabulary
+from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
 from lmscale.models.loss import LanguageModelLoss
-from lmscale.objectives.base import Arrays
+from lmscale.models.wire import Wire
+from lmscale.objectives.base import Arrays, Vocabulary
 from lmscale.objectives.registry import build_objective
 
 
@@ -29,7 +30,7 @@ class HeldOutLoss:
 
     Attributes:
         prefix: of the corpus.
-        num_windows: samples of seq_length that were read, each once.
+        num_windows: samples that were read, each once: windows of seq_length, or what the objective cuts.
         num_tokens: tokens that were predicted.
         loss: mean cross entropy over them, in nats.
     """
@@ -46,30 +47,35 @@ class HeldOutLoss:
 
 
 def measure_corpus(
-    model: LanguageModel, prefix: str, batch_size: int | None = None, show_progress: bool = False
+    model: TrainedModel, prefix: str, batch_size: int | None = None, show_progress: bool = False
 ) -> HeldOutLoss:
-    """Measure a model on every window of a corpus, as training measures its held-out corpora.
+    """Measure a model on every sample of a corpus, as training measures its held-out corpora.
 
-    loss = sum over all windows' counted labels of -log p(label | what precedes it in its window) / number of them. The
-    windows follow one another without overlap and have the seq_length of the model's run, and see other documents in
-    them or not, as its data.reset_attention_mask says. What is left behind the last whole window is not read.
+    loss = sum over all samples' counted labels of -log p(label | what the model reads) / number of them. The samples are
+    those of the run's objective in epoch 0, in order, noised as its seed says: masks and spans are the same each time.
+    BERT's next-sentence loss and T5's z-loss are left out.
+
+    gpt: the samples are windows of seq_length that follow one another without overlap, and see other documents in them
+    or not, as data.reset_attention_mask says. What is left behind the last whole window is not read.
 
     Args:
         model: on all ranks.
         prefix: PREFIX of PREFIX.bin and PREFIX.idx.
-        batch_size: windows read at a time; left out, the run's micro_batch_size.
+        batch_size: samples read at a time; left out, the run's micro_batch_size.
         show_progress: draw a bar on stderr, on rank 0 and where it is a terminal.
 
     Raises:
-        DataError: if the corpus cannot be used, is smaller than a window or of another vocabulary.
+        DataError: if the corpus cannot be used, is smaller than a sample or of another vocabulary.
     Collectives: over the model's ranks; all must call.
     """
     config = model.config
-    windows = open_whole(config, prefix)
+    vocabulary = build_vocabulary(config)
+    windows = open_whole(config, prefix, vocabulary.document_end_id)
+    check_full_stop(vocabulary, config.objective, [windows])
     size = batch_size or config.batch.micro_batch_size
     console = Console(stderr=True)
     batches = track(
-        _batches(model, windows, size),
+        _batches(model, windows, vocabulary, size),
         description=f"reading {prefix}",
         total=-(-windows.num_samples() // size),
         console=console,
@@ -79,27 +85,38 @@ def measure_corpus(
     total, count = 0.0, 0
     for batch in batches:
         total += _summed_loss(model, batch)
-        count += int(batch[LOSS_MASK.name].sum())
+        count += int(batch[fields.LOSS_MASK.name].sum())
     return HeldOutLoss(str(prefix), windows.num_samples(), count, total / max(1, count))
 
 
-def _batches(model: LanguageModel, windows: Source, size: int) -> Iterator[Arrays]:
+def _batches(model: TrainedModel, windows: Source, vocabulary: Vocabulary, size: int) -> Iterator[Arrays]:
     config = model.config
     blend = Blend([windows], [1.0], config.train.seed)
-    objective = build_objective(config.objective, config.lengths, build_vocabulary(config))
+    objective = build_objective(config.objective, config.lengths, vocabulary)
     dataset = SampleDataset(blend, in_order, objective, config.model.vocab_size)
     for first in range(0, windows.num_samples(), size):
         yield dataset.arrays(np.arange(first, min(first + size, windows.num_samples()), dtype=np.int64))
 
 
 @torch.no_grad()
-def _summed_loss(model: LanguageModel, batch: Arrays) -> float:
+def _summed_loss(model: TrainedModel, batch: Arrays) -> float:
     """Sum the cross entropy of a batch's counted labels, in nats, the same on every rank."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in batch.items()}
-    tokens = tensors["tokens"]
-    positions = tensors.get("positions", torch.arange(tokens.size(1), device=model.device).expand_as(tokens))
-    document_ids = tensors.get("document_ids", torch.zeros_like(tokens))
-    loss = LanguageModelLoss(model.context)
-    weight = torch.ones(1, device=model.device)
-    logits = model.module((tokens, positions, document_ids))
-    return float(loss(logits, (tensors[LABELS.name], tensors[LOSS_MASK.name], weight)))
+    wire = model.context.wire
+    outputs = model.module(_inputs(tensors, wire))
+    weight = torch.tensor([1.0, 0.0], device=model.device)  # of tokens; sentence pairs are left out
+    labels = (*(tensors[name] for name in wire.label_names), weight)
+    return float(LanguageModelLoss(model.context)(outputs, labels))
+
+
+def _inputs(tensors: dict[str, torch.Tensor], wire: Wire) -> tuple[torch.Tensor, ...]:
+    """Gather what the model reads; positions and documents are on its wire where the objective gives none, too."""
+    tokens = tensors[fields.TOKENS.name]
+    decoder = tensors.get(fields.DECODER_TOKENS.name, tokens)
+    defaults = {
+        fields.POSITIONS.name: torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens),
+        fields.DECODER_POSITIONS.name: torch.arange(decoder.size(1), device=tokens.device).expand_as(decoder),
+        fields.DOCUMENT_IDS.name: torch.zeros_like(tokens),
+    }
+    found = {**defaults, **tensors}
+    return tuple(found[name] for name in wire.input_names)

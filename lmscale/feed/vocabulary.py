@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lmscale.config.lengths import NUM_SENTINELS
 from lmscale.config.objective import BartConfig, BertConfig, ObjectiveConfig, RobertaConfig, T5Config
 from lmscale.config.run import RunConfig
 from lmscale.data.source import Source
@@ -16,12 +15,6 @@ from lmscale.objectives.base import Vocabulary
 
 _ROWS_OF_T5 = 128
 _SAMPLE_TOKENS = 1 << 18
-_NEEDED = {
-    "bert": ("pad_id", "cls_id", "sep_id", "mask_id"),
-    "roberta": ("pad_id", "bos_id", "eos_id", "mask_id"),
-    "bart": ("pad_id", "bos_id", "eos_id", "mask_id"),
-    "t5": ("pad_id", "eos_id"),
-}
 
 
 def vocabulary_multiple(objective: ObjectiveConfig) -> int:
@@ -36,13 +29,13 @@ def build_vocabulary(config: RunConfig) -> Vocabulary:
     """Describe the tokenizer of a run to its objective; causal_lm does without one.
 
     Raises:
-        DataError: if there is no tokenizer, or it lacks what the objective needs.
+        DataError: if the tokenizer is not there, or has not the full stop that bart asks for. What else an objective needs,
+            it asks of its vocabulary.
     """
     objective = config.objective
     if config.tokenizer is None or objective.name == "causal_lm":
         return Vocabulary(config.model.vocab_size)
     tokenizer = load_tokenizer(config.tokenizer)
-    _check_ids(tokenizer, objective, config.tokenizer.path)
     return Vocabulary(
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
@@ -56,22 +49,6 @@ def build_vocabulary(config: RunConfig) -> Vocabulary:
         is_word_start=tokenizer.word_starts() if _reads_words(objective) else None,
         full_stop_id=_full_stop_id(tokenizer, objective, config.tokenizer.path),
     )
-
-
-def _check_ids(tokenizer: Tokenizer, objective: ObjectiveConfig, path: str) -> None:
-    for name in _NEEDED[objective.name]:
-        if getattr(tokenizer, name) is None:
-            raise DataError(
-                f"has no {name.removesuffix('_id')} id, which objective {objective.name} needs",
-                field="tokenizer.path",
-                value=path,
-            )
-    if isinstance(objective, T5Config) and len(tokenizer.sentinel_ids) < NUM_SENTINELS:
-        raise DataError(
-            f"has {len(tokenizer.sentinel_ids)} of the {NUM_SENTINELS} sentinels <extra_id_0>, <extra_id_1>, ... of t5",
-            field="tokenizer.path",
-            value=path,
-        )
 
 
 def _reads_words(objective: ObjectiveConfig) -> bool:

@@ -141,6 +141,7 @@ def _check_data(config: RunConfig) -> None:
     from lmscale.feed.sources import open_held_out, open_train
     from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
     from lmscale.objectives.base import Vocabulary
+    from lmscale.objectives.registry import build_objective
 
     if config.tokenizer is not None and config.tokenizer.type == "hf":
         # transformers takes seconds to import; the ranks look at its vocabulary.
@@ -148,6 +149,7 @@ def _check_data(config: RunConfig) -> None:
     else:
         _check_vocabulary_size(config)
         vocabulary = build_vocabulary(config)
+        build_objective(config.objective, config.lengths, vocabulary)
     sources = [*open_train(config, vocabulary.document_end_id)]
     sources += open_held_out(config, vocabulary.document_end_id).values()
     check_full_stop(vocabulary, config.objective, sources)

@@ -100,8 +100,13 @@ class CoreAttention(nn.Module):
         self._site = "attention" if attention_type == "self" else "cross_attention"
         self._scale = softmax_scale
         self._dropout = config.attention_dropout
+        self._can_cache = attention_type == "self" and masks.is_causal
         self._rotary = RotaryTable(context.model.rope_theta, context.model.head_size) if _uses_rope(context) else None
         self.cache: KeyValueCache | None = None
+
+    def new_cache(self, capacity: int) -> KeyValueCache | None:
+        """Make a cache for generation; None where a token's keys depend on what follows it, or are of another stack."""
+        return KeyValueCache(capacity) if self._can_cache else None
 
     def forward(
         self,
@@ -126,8 +131,10 @@ class CoreAttention(nn.Module):
         mask, is_causal = inputs.bias, False
         if self.cache is not None:
             assert inputs.document_ids is not None
+            is_prompt = self.cache.length == 0
             key_bgsd, value_bgsd, all_ids = self.cache.append(key_bgsd, value_bgsd, inputs.document_ids)
-            mask = self._masks.cached(inputs.document_ids, all_ids)
+            if mask is None:
+                mask = self._masks.of(inputs) if is_prompt else self._masks.cached(inputs.document_ids, all_ids)
         elif mask is None:
             mask = self._masks.of(inputs)
             is_causal = mask is None and self._masks.is_causal

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.attention import (
-    CrossAttention,
-    CrossAttentionSubmodules,
-    SelfAttention,
-    SelfAttentionSubmodules,
-)
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lmscale.models.attention import AttentionInputs, AttentionMasks, CoreAttention
 from lmscale.models.context import ModelContext
+from lmscale.models.cross_attention import CrossAttention
 from lmscale.models.initialization import scale_queries
 from lmscale.models.linear import ColumnParallelLinear, RowParallelLinear
 from lmscale.models.mlp import FeedForward

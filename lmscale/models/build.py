@@ -17,7 +17,7 @@ from lmscale.log import get_logger
 from lmscale.models.context import ModelContext
 from lmscale.models.decoder import decoder_specs
 from lmscale.models.encoder import encoder_specs
-from lmscale.models.encoder_decoder import encoder_decoder_specs
+from lmscale.models.encoder_decoder import DECODER_WORDS, encoder_decoder_specs
 from lmscale.models.specs import NamedSpecs
 
 _log = get_logger(__name__)
@@ -40,6 +40,7 @@ class SequentialModel(nn.Module):
         super().__init__()
         self.tied_modules = nn.ModuleDict()
         self._functions: list[Callable[[Any], Any]] = []
+        self._decoder_start = next((index for index, (name, _) in enumerate(specs) if name == DECODER_WORDS), 0)
         for index, (_, spec) in enumerate(specs):
             if not isinstance(spec, TiedLayerSpec):
                 module = spec.build()
@@ -57,7 +58,17 @@ class SequentialModel(nn.Module):
 
     def trunk(self, packed: Any) -> Any:
         """Pass a packed record through every layer but the head; generation needs logits of its last token alone."""
-        for function in self._functions[:-1]:
+        return self.decode(self.encode(packed))
+
+    def encode(self, packed: Any) -> Any:
+        """Pass a packed record through the encoder that feeds a decoder; without one, return it as it is."""
+        for function in self._functions[: self._decoder_start]:
+            packed = function(packed)
+        return packed
+
+    def decode(self, packed: Any) -> Any:
+        """Pass what the encoder gave through every layer behind it but the head."""
+        for function in self._functions[self._decoder_start : -1]:
             packed = function(packed)
         return packed
 

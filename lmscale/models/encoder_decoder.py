@@ -12,6 +12,8 @@ from lmscale.models.specs import NamedSpecs, head, layers, named, tied_embedding
 
 ENCODER_INPUT = InputNames("encoder_embedding", "positions")
 DECODER_INPUT = InputNames("decoder_embedding", "decoder_positions")
+DECODER_WORDS = "word_embedding_of_decoder"
+"""The layer that the decoder begins with."""
 
 
 def encoder_decoder_specs(context: ModelContext) -> NamedSpecs:
@@ -30,7 +32,7 @@ def encoder_decoder_specs(context: ModelContext) -> NamedSpecs:
     if context.model.norm_position == "pre":
         specs.append(named("encoder_norm", LayerSpec(FinalNorm, context, "encoder_norm")))
     specs += [
-        named("word_embedding_of_decoder", tied_embedding(context, feed_decoder)),
+        named(DECODER_WORDS, tied_embedding(context, feed_decoder)),
         named("decoder_embedding", LayerSpec(InputEmbedding, context, DECODER_INPUT)),
         *layers(context, decoder),
     ]

@@ -18,10 +18,30 @@ from lmscale.models.wire import Packed, Record
 
 
 class SharedBias:
-    """Where the bias of the micro batch that runs is found: [1 or b, n/t, s, s], the mask included."""
+    """Where the bias of the micro batch that runs is found: [1 or b, n/t, s, k], the mask included.
+
+    There are as many keys as queries, or more where the keys before are in a cache.
+    """
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
+
+
+class PlaceCache:
+    """Positions and document ids of the tokens before, for generation."""
+
+    def __init__(self) -> None:
+        self._all: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def append(self, positions: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store those of the new tokens, int64 [b, s], and return those of all tokens so far."""
+        before = self._all
+        self._all = (
+            (positions, ids)
+            if before is None
+            else (torch.cat((before[0], positions), 1), torch.cat((before[1], ids), 1))
+        )
+        return self._all
 
 
 class RelativeBias(nn.Module):
@@ -34,6 +54,7 @@ class RelativeBias(nn.Module):
         super().__init__()
         self._context, self._shared, self._masks = context, shared, masks
         self._first: int | None = None
+        self.cache: PlaceCache | None = None
         model, topology = context.model, context.topology
         heads, buckets = model.num_attention_heads, model.relative_buckets
         with context.weights.layer(key):
@@ -41,6 +62,10 @@ class RelativeBias(nn.Module):
             whole = context.weights.normal(model.hidden_size**-0.5)(torch.empty(heads, buckets))
         self.table = nn.Parameter(whole.chunk(topology.tp_size)[topology.tp_rank].clone())
         set_tensor_model_parallel_attributes(self.table, is_parallel=True, dim=0, stride=1)
+
+    def new_cache(self, capacity: int) -> PlaceCache | None:
+        """Make a cache for generation; None in an encoder, which reads its tokens once."""
+        return PlaceCache() if self._masks.is_causal else None
 
     def forward(self, packed: Packed, layer_index: int = 0) -> Packed:
         """Compute the bias where this is the stage's first; pass the record on as it is."""
@@ -57,11 +82,13 @@ class RelativeBias(nn.Module):
         assert ids is not None
         if positions is None:
             positions = torch.arange(ids.size(1), device=ids.device)[None]
-        distance = positions[:, None, :] - positions[:, :, None]
+        all_positions, all_ids = (positions, ids) if self.cache is None else self.cache.append(positions, ids)
+        distance = all_positions[:, None, :] - positions[:, :, None]
         model = self._context.model
         buckets = bucket_of(distance, model.relative_buckets, model.relative_max_distance, not is_decoder)
         bias = self.table.t()[buckets].permute(0, 3, 1, 2)
-        mask = self._masks.of(AttentionInputs(0, document_ids=ids))
+        inputs = AttentionInputs(0, document_ids=ids)
+        mask = self._masks.of(inputs) if all_ids is ids else self._masks.cached(ids, all_ids)
         assert mask is not None
         return bias.masked_fill(~mask, -torch.inf)
 

@@ -10,6 +10,7 @@ from lmscale.config.data import DataConfig
 from lmscale.config.deepspeed_json import load_deepspeed
 from lmscale.config.lengths import sample_lengths
 from lmscale.config.model import VOCAB_MULTIPLE, ModelConfig
+from lmscale.config.objective import BertConfig
 from lmscale.config.run import RunConfig, ZeroChoice, check_run
 from lmscale.errors import ConfigError
 from lmscale.verify.layouts import Candidate
@@ -63,6 +64,9 @@ def shrink(
         keys["tokenizer"] = None
     else:  # its special ids are what the objective works with
         keys["model"]["vocab_size"] = config.model.vocab_size
+    if isinstance(config.objective, BertConfig) and config.objective.max_predictions is not None:
+        places = config.objective.max_predictions * seq_length // config.data.seq_length
+        keys["objective"]["max_predictions"] = max(1, places)
     keys["batch"] = _batch(config, dp_multiple)
     nominal = sample_lengths(DataConfig.model_validate(keys["data"]), config.objective).nominal
     train_tokens = steps * keys["batch"]["global_batch_size"] * nominal

@@ -83,7 +83,10 @@ def their_loss(model: Any, batch: Batch, architecture: str) -> torch.Tensor:
     return model(**inputs, token_type_ids=batch["token_types"], labels=spread, next_sentence_label=pairs).loss
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["one rank", pytest.param("tp2", marks=pytest.mark.slow), pytest.param("pp2", marks=pytest.mark.slow), "tp2 pp2"],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_theirs(case: str, layout: str, tmp_path: Path) -> None:
     model = build(case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +110,47 @@ def keys_of(objective: str, prepared: tuple[str, str], output_dir: Path, **chang
     return keys
 
 
+class References:
+    """One rank's run of each objective, trained where it is asked for."""
+
+    def __init__(self, prepared: tuple[str, str], home: Path):
+        self._prepared, self._home = prepared, home
+        self._runs: dict[str, list[Keys]] = {}
+
+    def __getitem__(self, name: str) -> list[Keys]:
+        if name not in self._runs:
+            self._runs[name] = pretrain_on_ranks(1, keys_of(name, self._prepared, self._home / name))
+        return self._runs[name]
+
+
 @pytest.fixture(scope="module")
-def references(prepared: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Keys]]:
-    """One rank's run of each objective."""
-    home = tmp_path_factory.mktemp("references")
-    return {name: pretrain_on_ranks(1, keys_of(name, prepared, home / name)) for name in OBJECTIVES}
+def references(prepared: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(prepared, tmp_path_factory.mktemp("references"))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+def covered(second: Iterable[str], *quick: tuple[str, str]) -> list[Any]:
+    """Pair every objective with each of `second`; `make test` runs `quick`, `make test-all` all."""
+    return [
+        pytest.param(objective, other, marks=[] if (objective, other) in quick else [pytest.mark.slow])
+        for other in second
+        for objective in OBJECTIVES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    covered(
+        LAYOUTS,
+        ("bert", "tp2-pp2-zero1"),
+        ("roberta", "dp2-zero3"),
+        ("bart", "tp2-sp"),
+        ("t5", "tp2-pp2-zero1"),
+        ("t5", "dp2-zero2"),
+        ("prefix-lm", "tp2-sp"),
+    ),
+)
 def test_layouts_train_alike(
-    objective: str, layout: str, prepared: tuple[str, str], references: dict[str, list[Keys]], tmp_path: Path
+    objective: str, layout: str, prepared: tuple[str, str], references: References, tmp_path: Path
 ) -> None:
     ranks, changes = LAYOUTS[layout]
     run = pretrain_on_ranks(ranks, keys_of(objective, prepared, tmp_path, **changes))
@@ -131,24 +162,27 @@ def test_layouts_train_alike(
     assert largest_difference([run[-1][last[0]]], [references[objective][-1][last[0]]]) < TOLERANCE
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("precision", "layout"), [("bf16", "tp2-pp2-zero1"), ("fp16", "dp2-zero2")])
+HALF_LAYOUTS = {"bf16": "tp2-pp2-zero1", "fp16": "dp2-zero2"}
+
+
+@pytest.mark.parametrize(("objective", "precision"), covered(HALF_LAYOUTS, ("t5", "bf16"), ("bert", "fp16")))
 def test_half_precision_follows_fp32(
     objective: str,
     precision: str,
-    layout: str,
     prepared: tuple[str, str],
-    references: dict[str, list[Keys]],
+    references: References,
     tmp_path: Path,
 ) -> None:
-    ranks, changes = LAYOUTS[layout]
+    ranks, changes = LAYOUTS[HALF_LAYOUTS[precision]]
     scale = {"loss_scale": {"initial": 256}} if precision == "fp16" else {}
     run = pretrain_on_ranks(ranks, keys_of(objective, prepared, tmp_path, precision=precision, **scale, **changes))
     assert largest_difference(losses(run), losses(references[objective])) < HALF_TOLERANCE[precision]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("layout", ["tp2-pp2-zero1", "dp2-zero3"])
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    covered(("tp2-pp2-zero1", "dp2-zero3"), ("bart", "tp2-pp2-zero1"), ("bert", "dp2-zero3")),
+)
 def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     objective: str, layout: str, prepared: tuple[str, str], tmp_path: Path
 ) -> None:

@@ -96,3 +96,26 @@ def _samples(directory: str) -> dict[str, list[list[int]]]:
         "top_p tiny": sample(top_p=1e-6),
         "hot": model.generate_ids(PROMPTS * 4, 40, Sampling(temperature=100.0, seed=1)),
     }
+
+
+def test_a_prefix_language_model_reads_the_prompt_as_its_prefix(tmp_path):
+    cached, recomputed, causal = run_ranks(1, _with_prefix, str(tmp_path))[0]
+    assert cached == recomputed != causal
+
+
+def _with_prefix(directory: str) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    model, _ = load_pair(directory, "gpt2", objective={"name": "causal_lm", "prefix_lm": True})
+    recomputed = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        while ids.size(1) < len(prompt) + NUM_NEW:
+            places = torch.arange(ids.size(1))[None]
+            logits = model.module((ids, places, torch.zeros_like(ids), (places < len(prompt)).long()))
+            ids = torch.cat((ids, logits[:, -1:, :VOCAB_SIZE].argmax(-1)), dim=1)
+        recomputed.append(ids[0, len(prompt) :].tolist())
+    plain, _ = load_pair(f"{directory}/plain", "gpt2")
+    return (
+        model.generate_ids(PROMPTS, NUM_NEW, GREEDY),
+        recomputed,
+        plain.generate_ids(PROMPTS, NUM_NEW, GREEDY),
+    )

@@ -17,6 +17,7 @@ from lmscale.evaluate.loading import read_config
 from lmscale.train.checkpoint_reader import resolve_checkpoint
 from tests.data.corpora import write_corpus
 from tests.distributed.ranks import run_ranks
+from tests.evaluate import stacks
 from tests.evaluate.checkpoints import run_keys, write_checkpoint
 from tests.evaluate.reference import MODELS, load_pair
 
@@ -142,6 +143,55 @@ def _truncated(home: Path) -> Path:
     with (path / "rank-00000.safetensors").open("r+b") as file:
         file.truncate(100)
     return path
+
+
+@pytest.mark.distributed
+def test_what_an_architecture_cannot_do_is_refused_in_one_line(tmp_path):
+    gpt = "model.architecture = 'gpt': cannot propose tokens for masks; "
+    bert = "; use fill, generate (fills the masks) or logits"
+    t5 = "; use generate, generate_ids, score(sources, targets) or logits"
+    assert run_ranks(1, _wrong_calls, str(tmp_path))[0] == {
+        "fill gpt": f"ConfigError: {gpt}use generate, generate_ids, score, logits or hidden_states",
+        "write bert": f"ConfigError: model.architecture = 'bert': cannot write new tokens{bert}",
+        "score bert": f"ConfigError: model.architecture = 'bert': cannot give a text a likelihood{bert}",
+        "hidden bert": f"ConfigError: model.architecture = 'bert': cannot show its hidden states{bert}",
+        "fill t5": f"ConfigError: model.architecture = 't5': cannot propose tokens for masks{t5}",
+        "no mask": "ConfigError: text: holds no mask; write <mask> where a token is to be found",
+        "no candidate": "ConfigError: top_k = 0: must be at least 1",
+        "long bert": "ConfigError: text: 65 tokens, which is more than model.max_position_embeddings = 64; "
+        "shorten the text",
+        "no mask token": "ConfigError: tokenizer: has no mask token, which bert needs; "
+        "use the tokenizer of the model's run",
+        "long bart": "ConfigError: text: 2 tokens and 63 new ones are more than model.max_position_embeddings = 64; "
+        "shorten the text or ask for fewer new tokens",
+        "long source": "ConfigError: text: 65 tokens, which is more than model.max_position_embeddings = 64; "
+        "shorten the text",
+        "targets": "ConfigError: targets = 1: there are 2 sources; give one target for each source",
+        "no source": [],
+        "no length limit": 1,
+    }
+
+
+def _wrong_calls(directory: str) -> dict[str, Any]:
+    gpt, _ = load_pair(directory, "gpt2")
+    bert, bart, t5 = (stacks.load_pair(directory, family)[0] for family in ("bert", "bart", "t5"))
+    refusals = {
+        "fill gpt": _refusal(lambda: gpt.fill("a <mask>")),
+        "write bert": _refusal(lambda: bert.generate_ids([[1]])),
+        "score bert": _refusal(lambda: bert.score("20")),
+        "hidden bert": _refusal(lambda: bert.hidden_states("20")),
+        "fill t5": _refusal(lambda: t5.fill("20")),
+        "no mask": _refusal(lambda: bert.generate("20 30")),
+        "no candidate": _refusal(lambda: bert.fill("20 <mask>", 0)),
+        "long bert": _refusal(lambda: bert.fill("20 " * 62 + "<mask>")),
+        "long bart": _refusal(lambda: bart.generate("20", 63)),
+        "long source": _refusal(lambda: bart.generate("20 " * 63)),
+        "targets": _refusal(lambda: bart.score(["20", "30"], ["40"])),
+        "no source": _refusal(lambda: t5.generate_ids([])),
+        "no length limit": _refusal(lambda: len(t5.generate("20 " * 70, 80, stop_at_eos=False))),
+    }
+    bert.tokenizer.mask_id = None
+    return {**refusals, "no mask token": _refusal(lambda: bert.fill([20]))}
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import test_objectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import run_keys
 
@@ -38,6 +39,26 @@ def test_the_loss_is_the_one_that_training_logs(tmp_path, corpus, isolates):
         assert windows * length - found["documents"] <= found["measured"].num_tokens < windows * length
     else:
         assert found["measured"].num_tokens == windows * length
+
+
+prepared = test_objectives.prepared
+
+
+@pytest.mark.parametrize("objective", test_objectives.OBJECTIVES)
+def test_the_loss_of_every_objective_is_the_one_that_training_logs(tmp_path, prepared, objective):
+    keys = test_objectives.keys_of(
+        objective,
+        prepared,
+        tmp_path,
+        data__valid=[{"name": "held", "prefix": prepared[0]}],
+        data__split="100,0,0",
+        train__eval_batches=10_000,
+    )
+    found = run_ranks(1, _measure, keys)[0]
+    assert math.isclose(found["logged"], found["measured"].loss, rel_tol=TOLERANCE)
+    assert math.isclose(found["measured"].loss, found["in other batches"].loss, rel_tol=TOLERANCE)
+    assert found["measured"].num_windows > 10
+    assert found["measured"].num_tokens > 100
 
 
 def _measure(keys: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lmscale.errors import DataError
 from lmscale.feed.sources import open_train
 from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
 from lmscale.launcher.validate import validate_run
+from lmscale.objectives.registry import build_objective
 from tests.feed.runs import make_encoder_run, make_run
 
 
@@ -95,9 +96,13 @@ def test_what_the_tokenizer_lacks_is_named(make: Any, tmp_path: Path) -> None:
     path = word_piece(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "##es", "."])
     tokenizer = TokenizerConfig(type="hf", path=path)
     assert build_vocabulary(make({"name": "bert"}).model_copy(update={"tokenizer": tokenizer})).cls_id == 2
-    for name, lacks in (("roberta", "has no bos id, which objective roberta needs"), ("t5", "has no eos id")):
+    for name, lacks in (
+        ("roberta", "no token for the begin of a text .* which objective roberta needs"),
+        ("t5", "no token for the end of a text.* needs"),
+    ):
+        config = make({"name": name}).model_copy(update={"tokenizer": tokenizer})
         with pytest.raises(DataError, match=lacks):
-            build_vocabulary(make({"name": name}).model_copy(update={"tokenizer": tokenizer}))
+            build_objective(config.objective, config.lengths, build_vocabulary(config))
 
 
 def test_the_full_stop_has_to_be_a_piece_and_to_be_found(make: Any) -> None:

@@ -98,8 +98,14 @@ def references() -> dict[tuple[str, float], tuple[list[float], list[float]]]:
     return {}
 
 
+QUICK = ("tp2-sp-pp2", "dp2-zero3-recompute", "pp4")
+"""Between them every axis; `make test-all` runs the others."""
+
+
 @pytest.mark.parametrize("architecture", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS]
+)
 def test_losses_and_norms_are_those_of_one_rank(architecture: str, layout: str, references: dict[Any, Any]) -> None:
     chosen = LAYOUTS[layout]
     is_whole = ("tp" not in chosen and chosen["ranks"] != 2) or layout == "pp4"

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
+
+from tests.data.corpora import write_corpus
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "quickstart.py"
 
@@ -24,6 +25,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "quickstart", module)
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec.loader.exec_module(module)
     monkeypatch.chdir(tmp_path)
     return module
@@ -52,12 +54,12 @@ def test_corpus_is_the_same_every_time(quickstart: ModuleType) -> None:
     assert read_files(Path("quickstart/text")) == first
 
 
-def test_unigram_entropy_is_that_of_the_counts(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "VOCAB_SIZE", 4)
-    tokens = {"train": np.array([0, 0, 0, 1, 1, 2]), "valid": np.array([0, 3])}
-    monkeypatch.setattr(quickstart, "_tokens", lambda prefix: tokens[prefix.name])
+def test_unigram_entropy_is_that_of_the_counts(quickstart: ModuleType, tmp_path: Path) -> None:
+    for name, tokens in (("train", [0, 0, 0, 1, 1, 2]), ("valid", [0, 3])):
+        write_corpus(tmp_path / name, [tokens], vocab_size=4)
+    entropy = quickstart.unigram_entropy(tmp_path / "train", tmp_path / "valid", 4)
     # Counts plus one: 4, 3, 2, 1 of 10.
-    assert quickstart.unigram_entropy() == pytest.approx(-(math.log(0.4) + math.log(0.1)) / 2)
+    assert entropy == pytest.approx(-(math.log(0.4) + math.log(0.1)) / 2)
 
 
 def test_report_holds_the_figures_and_a_curve_within_its_frame(quickstart: ModuleType) -> None:

@@ -68,10 +68,13 @@ def test_copy_of_every_recipe_is_small_and_makes_its_choices(path: Path, monkeyp
     monkeypatch.chdir(ROOT)
     config = load_run(path)
     small = shrunk(config)
-    assert (small.model.num_layers, small.model.hidden_size, small.data.seq_length) == (4, 64, 32)
+    assert (small.model.hidden_size, small.data.seq_length) == (64, 32)
+    assert small.model.num_layers == (2 if path.stem == "bart-base" else 4)  # in each of two stacks
     assert small.model.ffn_size == 4 * 64
     assert {key: getattr(small.model, key) for key in KEPT} == {key: getattr(config.model, key) for key in KEPT}
-    assert (small.objective, small.optim.name, small.optim.lr) == (config.objective, config.optim.name, config.optim.lr)
+    assert (small.optim.name, small.optim.lr) == (config.optim.name, config.optim.lr)
+    shortened = {"max_predictions"}
+    assert small.objective.model_dump(exclude=shortened) == config.objective.model_dump(exclude=shortened)
     assert small.parallel.recompute == config.parallel.recompute
     assert (small.batch.ramp is None) == (config.batch.ramp is None)
     assert (small.model.vocab_size % 128 == 0) == (config.model.vocab_size % 128 == 0)
@@ -82,7 +85,7 @@ def test_copy_trains_at_rates_of_the_runs_size(path: Path, monkeypatch: pytest.M
     """The warm-up is shortened with the run: five steps of the run itself would leave the weights as they are."""
     monkeypatch.chdir(ROOT)
     small = shrunk(load_run(path))
-    tokens = small.batch.global_batch_size * small.data.seq_length
+    tokens = small.batch.global_batch_size * small.lengths.nominal
     rates = [lr_at(step * tokens, small.optim, small.train.train_tokens) for step in range(1, STEPS + 1)]
     assert max(rates) > 0.5 * small.optim.lr
 

@@ -13,8 +13,12 @@ import pytest
 import yaml
 
 from lmscale.cli.main import main
+from lmscale.config.data import TokenizerConfig
 from lmscale.config.io import parse_run
 from lmscale.config.run import RunConfig
+from lmscale.data.encode import encode_corpus
+from lmscale.data.sentences import SentenceSplitter
+from lmscale.data.tokenizer_training import train_tokenizer
 from lmscale.verify.comparison import Result, Verification, largest_difference, plan_verification
 from lmscale.verify.corpus import shrink_corpora
 from tests.launcher.runs import run_keys, write_corpus, write_run
@@ -209,3 +213,28 @@ def test_difference_is_the_largest_over_the_steps(
     values: list[float], reference: list[float], difference: float
 ) -> None:
     assert largest_difference(values, reference) == pytest.approx(difference)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("architecture", ["bert", "t5"])
+def test_layouts_of_other_objectives_are_the_same_on_the_runs_own_corpus(architecture: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    sentences = [
+        f"The fox number {n} jumps over {n % 7} dogs. It sleeps! Does it dream? Yes, of {n}." for n in range(80)
+    ]
+    text.write_text("".join(json.dumps({"text": " ".join(sentences[n : n + 6])}) + "\n" for n in range(70)))
+    train_tokenizer([str(text)], 420, "bpe", tmp_path / "tokenizer")
+    tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer"))
+    encode_corpus([str(text)], tokenizer, tmp_path / "corpus", workers=1, splitter=SentenceSplitter("split"))
+    keys = run_keys(tmp_path)
+    keys["model"] = {
+        **{"architecture": architecture, "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4},
+        **{"vocab_size": 420, "max_position_embeddings": 64},
+    }
+    keys["tokenizer"] = {"path": tokenizer.path}
+    keys["data"]["seq_length"] = 64
+    if architecture == "t5":
+        keys["data"]["decoder_seq_length"] = 16
+    verification, results = verify(parse_run(keys), "tp2-sp,pp2-zero1,dp2-zero3", steps=3)
+    assert verification.data == "the run's corpora"
+    assert [result.verdict for result in results] == ["reference", *["same"] * 3]
