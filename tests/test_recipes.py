@@ -45,6 +45,10 @@ OTHER_RUNS = {
     *(f"bert-{size}-{length}" for size in ("base", "large") for length in (128, 512)),
     *(f"{family}-{size}" for family in ("roberta", "bart") for size in ("base", "large")),
 }
+T5_RUNS = [
+    *(f"t5-{size}" for size in ("small", "base", "large", "3b", "11b")),
+    *(f"t5-v1.1-{size}" for size in ("small", "base", "large", "xl", "xxl")),
+]
 GPT3_RUNS = [(name, variant) for name in SIZES for variant in ("paper", "modern")]
 
 
@@ -68,7 +72,10 @@ def num_devices(path: Path) -> int:
 
 
 def test_each_model_has_its_runs_and_nothing_else_is_there() -> None:
-    assert {path.stem for path in RUNS} == {f"gpt3-{n}-{v}" for n, v in GPT3_RUNS} | OTHER_RUNS | {"quickstart"}
+    assert {path.stem for path in RUNS} == {f"gpt3-{n}-{v}" for n, v in GPT3_RUNS} | OTHER_RUNS | {
+        *T5_RUNS,
+        "quickstart",
+    }
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -186,6 +193,26 @@ def test_other_runs_have_the_numbers_of_their_papers(name: str, length: int, ada
     assert (config.model.hidden_dropout, config.model.attention_dropout) == (0.1, 0.1)
 
 
+@pytest.mark.parametrize("name", T5_RUNS)
+def test_t5_run_has_the_numbers_of_its_paper(name: str) -> None:
+    """The baseline of 2^19 steps of 128 sequences, and the other sizes, a million steps of 2^11."""
+    config = load_run(ROOT / "launch" / "runs" / f"{name}.yaml")
+    optim, nominal, model = config.optim, config.lengths.nominal, config.model
+    batch, steps = (128, 2**19) if name == "t5-base" else (2**11, 10**6)
+    assert (config.lengths.raw, config.lengths.encoder, config.lengths.decoder) == (568, 512, 114)
+    assert config.batch.global_batch_size == batch
+    assert config.train.train_tokens == steps * batch * nominal
+    assert (optim.name, optim.weight_decay, optim.max_grad_norm) == ("adafactor", 0.0, 0.0)
+    assert (optim.adafactor_decay_exponent, optim.adafactor_eps1, optim.adafactor_eps2) == (0.8, 1e-30, 1e-3)
+    assert (optim.adafactor_clip, optim.adafactor_scale_parameter, optim.adafactor_min_dim) == (1.0, True, 128)
+    for step in (1, 5_000, 10_000, 40_000, steps):
+        rate = lr_at(step * batch * nominal, optim, config.train.train_tokens)
+        assert rate == pytest.approx(max(step, 10_000) ** -0.5, rel=1.0e-12)
+    dropout = 0.0 if "v1.1" in name else 0.1
+    assert (model.hidden_dropout, model.attention_dropout, model.ffn_dropout) == (dropout,) * 3
+    assert config.precision == "bf16"
+
+
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_berts_two_phases_make_one_schedule(size: str) -> None:
     first, second = (load_run(ROOT / "launch" / "runs" / f"bert-{size}-{length}.yaml") for length in (128, 512))
@@ -199,7 +226,10 @@ def test_berts_two_phases_make_one_schedule(size: str) -> None:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_bytes_of_state_in_the_header_follow_the_formula(path: Path) -> None:
-    """Weights and gradients in half precision (fp32 gradients with bf16), 12 bytes of optimizer over the ranks."""
+    """Weights and gradients in half precision (fp32 gradients with bf16), the optimizer's bytes over the ranks.
+
+    These are 12: master weights and Adam's two moments; Adafactor's statistics are of matrices' rows and columns only.
+    """
     found = re.search(r"a device holds ([\d.]+) GB of weights", header(path))
     if path.stem == "quickstart":
         assert not found
@@ -207,6 +237,7 @@ def test_bytes_of_state_in_the_header_follow_the_formula(path: Path) -> None:
     assert found
     config, devices = load_run(path), num_devices(path)
     model, parallel = config.model, config.parallel
-    per_parameter = (4 if config.precision == "fp16" else 6) + 12 / dp_size_of(config, devices)
+    optimizer = {"adamw": 12, "adafactor": 4}[config.optim.name]
+    per_parameter = (4 if config.precision == "fp16" else 6) + optimizer / dp_size_of(config, devices)
     expected = num_parameters(model) / (parallel.tp_size * parallel.pp_size) * per_parameter / 1e9
     assert float(found[1]) == pytest.approx(expected, rel=0.01, abs=0.06)

@@ -316,7 +316,7 @@ def _ramp_reaches_batch(config: RunConfig) -> None:
 def _warmup_precedes_decay(config: RunConfig) -> None:
     optim = config.optim
     decay_tokens = optim.lr_decay_tokens or config.train.train_tokens
-    if optim.lr_decay_style != "constant" and optim.lr_warmup_tokens >= decay_tokens:
+    if optim.lr_decay_style in ("cosine", "linear") and optim.lr_warmup_tokens >= decay_tokens:
         raise ConfigError(
             f"the warm-up must end before the decay, at {decay_tokens} tokens",
             field="optim.lr_warmup_tokens",
@@ -324,6 +324,31 @@ def _warmup_precedes_decay(config: RunConfig) -> None:
         )
     if optim.min_lr > optim.lr:
         raise ConfigError(f"must be at most optim.lr = {optim.lr}", field="optim.min_lr", value=optim.min_lr)
+
+
+def _schedule_is_read(config: RunConfig) -> None:
+    optim = config.optim
+    if optim.lr_warmup_style != "linear" and not optim.lr_warmup_tokens:
+        raise ConfigError(
+            "is read with optim.lr_warmup_tokens above 0 only",
+            field="optim.lr_warmup_style",
+            value=optim.lr_warmup_style,
+        )
+    if optim.lr_decay_style != "inverse_sqrt":
+        return
+    if not optim.lr_warmup_tokens:
+        raise ConfigError(
+            "optim.lr_decay_style: inverse_sqrt begins its decay there: must be above 0",
+            field="optim.lr_warmup_tokens",
+            value=0,
+        )
+    if optim.lr_decay_tokens is not None:
+        raise ConfigError(
+            "optim.lr_decay_style: inverse_sqrt has no end",
+            field="optim.lr_decay_tokens",
+            value=optim.lr_decay_tokens,
+            remedy="leave it out; optim.min_lr bounds the rate",
+        )
 
 
 def _loss_scale_needs_fp16(config: RunConfig) -> None:
@@ -350,11 +375,11 @@ def _options_are_read(config: RunConfig) -> None:
         raise ConfigError(
             "is read with optim.adam_bias_correction: true only", field="optim.adam_eps_mode", value="raw"
         )
-    if optim.name != "adamw":
-        for key in ("adam_beta1", "adam_beta2", "adam_eps", "adam_eps_mode", "adam_bias_correction"):
-            if getattr(optim, key) != OptimConfig.model_fields[key].default:
+    for name, prefix in (("adamw", "adam_"), ("adafactor", "adafactor_")):
+        for key, field in OptimConfig.model_fields.items():
+            if optim.name != name and key.startswith(prefix) and getattr(optim, key) != field.default:
                 raise ConfigError(
-                    "is read with optim.name: adamw only", field=f"optim.{key}", value=getattr(optim, key)
+                    f"is read with optim.name: {name} only", field=f"optim.{key}", value=getattr(optim, key)
                 )
     if model.position_embedding != "rope" and model.rope_theta != ModelConfig.model_fields["rope_theta"].default:
         raise ConfigError(
@@ -437,6 +462,7 @@ CROSS_SECTION_RULES: tuple[Callable[[RunConfig], None], ...] = (
     _sequence_fits_positions,
     _ramp_reaches_batch,
     _warmup_precedes_decay,
+    _schedule_is_read,
     _loss_scale_needs_fp16,
     _options_are_read,
     _compiled_layers_draw_nothing,

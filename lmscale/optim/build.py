@@ -8,6 +8,7 @@ import torch
 
 from lmscale.config.optim import OptimConfig
 from lmscale.log import get_logger
+from lmscale.optim.adafactor import Adafactor
 from lmscale.optim.adam import Adam
 
 _log = get_logger(__name__)
@@ -26,6 +27,16 @@ def build_optimizer(
     """
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
+    if optim.name == "adafactor":
+        return Adafactor(
+            groups,
+            decay_exponent=optim.adafactor_decay_exponent,
+            eps1=optim.adafactor_eps1,
+            eps2=optim.adafactor_eps2,
+            clip=optim.adafactor_clip,
+            scale_parameter=optim.adafactor_scale_parameter,
+            min_dim=optim.adafactor_min_dim,
+        )
     settings: dict[str, Any] = {
         "lr": 0.0,
         "betas": (optim.adam_beta1, optim.adam_beta2),
@@ -51,6 +62,8 @@ def blank_state(optimizer: torch.optim.Optimizer, key: torch.Tensor, step: int) 
 
     An optimizer makes its state at its first update; a checkpoint is loaded before that.
     """
+    if isinstance(optimizer, Adafactor):
+        return optimizer.blank_state(key, step)
     moments = {name: torch.zeros_like(key, dtype=torch.float32) for name in moment_names(optimizer)}
     if not moments:
         return {}
@@ -60,5 +73,5 @@ def blank_state(optimizer: torch.optim.Optimizer, key: torch.Tensor, step: int) 
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Name the per-parameter tensors of an optimizer's state."""
-    return () if isinstance(optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
+    """Name the tensors of an optimizer's state that have the shape of the parameters."""
+    return () if isinstance(optimizer, torch.optim.SGD | Adafactor) else ("exp_avg", "exp_avg_sq")

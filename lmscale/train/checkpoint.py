@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 
 from lmscale.errors import CheckpointError, LmscaleError, RunError
 from lmscale.log import get_logger
-from lmscale.optim.build import blank_state, moment_names
 from lmscale.train.checkpoint_reader import FORMAT, PARAMETER, CheckpointReader, Piece
 from lmscale.train.engine import Engine
-from lmscale.train.fragments import Fragment, write_back
+from lmscale.train.fragments import Fragment, LogicalTensor, write_back
+from lmscale.train.moments import Moment, blank_moments, moments
 from lmscale.train.progress import Progress
 
 _log = get_logger(__name__)
@@ -108,13 +108,13 @@ def _write_pieces(engine: Engine, directory: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     file = f"rank-{topology.rank:05d}.safetensors"
     for fragment in engine.fragments():
-        if not _owns(engine, fragment):
-            continue
-        for kind in _kinds(engine, fragment):
-            key = f"{kind}/{fragment.tensor.name}"
-            values = fragment.master if kind == PARAMETER else fragment.moment(engine.basic_optimizer, kind)
-            tensors[key] = values.detach().to("cpu", torch.float32).contiguous()
-            pieces.append(_piece(engine, fragment, kind, file, key))
+        parameter = Moment(PARAMETER, fragment.tensor, fragment.start, fragment.end, fragment.master)
+        for moment in (parameter, *moments(engine.basic_optimizer, fragment)):
+            if fragment.is_tied_copy or not _owns(engine, moment):
+                continue
+            key = f"{moment.kind}/{moment.tensor.name}"
+            tensors[key] = moment.values.detach().to("cpu", torch.float32).contiguous()
+            pieces.append(_piece(engine, moment, file, key))
     if not tensors:
         return
     save_file(tensors, directory / file)
@@ -123,34 +123,27 @@ def _write_pieces(engine: Engine, directory: Path) -> None:
     _flush((directory / file).with_suffix(".json"))
 
 
-def _owns(engine: Engine, fragment: Fragment) -> bool:
-    """Tell whether this rank writes a fragment: of replicas, the first."""
+def _owns(engine: Engine, moment: Moment) -> bool:
+    """Tell whether this rank writes a part of the state: of replicas, the first."""
     topology = engine.topology
-    if fragment.is_tied_copy:
-        return False
-    if fragment.tensor.tp_dim is None and topology.tp_rank > 0:
+    if moment.is_copy or (moment.tensor.tp_dim is None and topology.tp_rank > 0):
         return False
     return engine.zero_stage > 0 or topology.dp_rank == 0
 
 
-def _kinds(engine: Engine, fragment: Fragment) -> list[str]:
-    has_moments = bool(engine.basic_optimizer.state.get(fragment.key))
-    return [PARAMETER, *(moment_names(engine.basic_optimizer) if has_moments else ())]
-
-
-def _piece(engine: Engine, fragment: Fragment, kind: str, file: str, key: str) -> Piece:
-    tensor, topology = fragment.tensor, engine.topology
+def _piece(engine: Engine, moment: Moment, file: str, key: str) -> Piece:
+    tensor, topology = moment.tensor, engine.topology
     is_split = tensor.tp_dim is not None
     return Piece(
-        kind=kind,
+        kind=moment.kind,
         name=tensor.name,
         shape=tensor.shape,
         tp_dim=tensor.tp_dim,
         tp_stride=tensor.tp_stride,
         tp_rank=topology.tp_rank if is_split else 0,
         tp_size=topology.tp_size if is_split else 1,
-        start=fragment.start,
-        end=fragment.end,
+        start=moment.start,
+        end=moment.end,
         file=file,
         key=key,
     )
@@ -259,33 +252,34 @@ def load_checkpoint(engine: Engine, reader: CheckpointReader, *, weights_only: b
     """
     pieces = engine.fragments()
     _check_same_model(pieces, reader)
-    moments = () if weights_only else moment_names(engine.basic_optimizer)
-    optimizer_step = int(reader.manifest["optimizer"]["step"])
-    if moments and optimizer_step and not set(moments) <= reader.kinds:
-        raise CheckpointError(
-            f"holds no {', '.join(moments)}: its optimizer was {reader.manifest['optimizer']['name']}",
-            field="checkpoint",
-            value=str(reader.path),
-            remedy="use the same optim.name, or model.init_from to take the weights alone",
-        )
-    topology = engine.topology
+    optimizer_step = 0 if weights_only else int(reader.manifest["optimizer"]["step"])
     for fragment in pieces:
-        for kind in (PARAMETER, *(moments if optimizer_step else ())):
-            values = reader.fragment(
-                kind, fragment.tensor, topology.tp_rank, topology.tp_size, fragment.start, fragment.end
-            )
-            if kind == PARAMETER:
-                fragment.master.copy_(values)
-                continue
-            state = engine.basic_optimizer.state
-            if not state.get(fragment.key):
-                state[fragment.key] = blank_state(engine.basic_optimizer, fragment.key, optimizer_step)
-            fragment.moment(engine.basic_optimizer, kind).copy_(values)
+        fragment.master.copy_(_read(engine, reader, PARAMETER, fragment.tensor, fragment.start, fragment.end))
+        for moment in blank_moments(engine.basic_optimizer, fragment, optimizer_step) if optimizer_step else ():
+            moment.values.copy_(_read(engine, reader, moment.kind, moment.tensor, moment.start, moment.end))
     write_back(engine.optimizer, engine.zero_stage)
     if weights_only:
         return Progress()
     _restore_scaler(engine, reader.manifest["loss_scaler"])
     return reader.progress
+
+
+def _read(
+    engine: Engine, reader: CheckpointReader, kind: str, tensor: LogicalTensor, start: int, end: int
+) -> torch.Tensor:
+    """Read a range of this rank's slice of a logical tensor.
+
+    Raises:
+        CheckpointError: if the checkpoint's optimizer had no such state.
+    """
+    if not reader.holds(kind, tensor.name):
+        raise CheckpointError(
+            f"holds no {kind} of {tensor.name}: its optimizer was {reader.manifest['optimizer']['name']}",
+            field="checkpoint",
+            value=str(reader.path),
+            remedy="use the optimizer of its config.yaml, or model.init_from to take the weights alone",
+        )
+    return reader.fragment(kind, tensor, engine.topology.tp_rank, engine.topology.tp_size, start, end)
 
 
 def _check_same_model(pieces: list[Fragment], reader: CheckpointReader) -> None:

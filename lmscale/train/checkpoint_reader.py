@@ -21,7 +21,8 @@ from lmscale.train.progress import Progress
 
 FORMAT = 1
 PARAMETER = "param"
-"""Kind of a slice of master weights; the moments' kinds are the optimizer's names (exp_avg, exp_avg_sq)."""
+"""Kind of a slice of master weights; the moments' kinds are the optimizer's names: exp_avg and exp_avg_sq; of Adafactor,
+row and column (1-D logical tensors under their parameter's name), second."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,9 @@ class CheckpointReader:
         """Where the run was."""
         return Progress(**self.manifest["progress"])
 
-    @property
-    def kinds(self) -> set[str]:
-        """What is stored: param, and the moments' names."""
-        return {kind for kind, _ in self._pieces}
+    def holds(self, kind: str, name: str) -> bool:
+        """Tell whether a kind of a parameter's state is stored."""
+        return (kind, name) in self._pieces
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shape of each parameter."""

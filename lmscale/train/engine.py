@@ -30,6 +30,7 @@ from lmscale.errors import RunError
 from lmscale.log import get_logger
 from lmscale.models.context import ModelContext
 from lmscale.models.loss import LanguageModelLoss
+from lmscale.optim.adafactor import Adafactor
 from lmscale.optim.build import set_rate
 from lmscale.train.fragments import Fragment, fragments
 
@@ -88,6 +89,8 @@ class Engine:
             model=model, optimizer=optimizer, config=deepspeed_config, mpu=mpu
         )
         self.basic_optimizer = optimizer
+        if isinstance(optimizer, Adafactor):
+            self._describe_shares(optimizer)
         self._is_pipeline = isinstance(self.deepspeed, PipelineEngine)
         if self.zero_stage == 0 and self.topology.dp_size == 1 and not self._is_pipeline:
             self.deepspeed.enable_backward_allreduce = False
@@ -102,6 +105,15 @@ class Engine:
     def fragments(self) -> list[Fragment]:
         """List this rank's part of the training state."""
         return fragments(self.model, self.optimizer, self.zero_stage, self.topology.tp_size)
+
+    def _describe_shares(self, optimizer: Adafactor) -> None:
+        topology = self.topology
+        everything = fragments(self.model, self.optimizer, self.zero_stage, topology.tp_size, with_empty=True)
+        optimizer.describe(
+            [fragment.share for fragment in everything],
+            tp_group=topology.tp_group if topology.tp_size > 1 else None,
+            dp_group=topology.dp_group if topology.dp_size > 1 and self.zero_stage else None,
+        )
 
     @property
     def reads_data(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lmscale.models.build import logical_name
+from lmscale.optim.adafactor import Share
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Fragment:
         """Return the view of one of the optimizer's moments of this range, 1-D fp32."""
         return optimizer.state[self.key][name].view(-1).narrow(0, self.offset, self.end - self.start)
 
+    @property
+    def share(self) -> Share:
+        """The same, as an optimizer of whole matrices asks for it."""
+        tensor = self.tensor
+        return Share(
+            tensor.name, tensor.shape, tensor.local_shape, tensor.tp_dim, self.start, self.end, self.key, self.offset
+        )
+
 
 def logical_tensor(model: nn.Module, name: str, parameter: nn.Parameter, tp_size: int) -> LogicalTensor:
     """Describe a parameter of a built model from megatron-core's marks on it."""
@@ -63,7 +72,9 @@ def logical_tensor(model: nn.Module, name: str, parameter: nn.Parameter, tp_size
     return LogicalTensor(logical_name(model, name), shape, local_shape, tp_dim, stride)
 
 
-def fragments(model: nn.Module, optimizer: Any, zero_stage: int, tp_size: int) -> list[Fragment]:
+def fragments(
+    model: nn.Module, optimizer: Any, zero_stage: int, tp_size: int, *, with_empty: bool = False
+) -> list[Fragment]:
     """List this rank's fragments, in the order of the model's parameters.
 
     Args:
@@ -71,48 +82,45 @@ def fragments(model: nn.Module, optimizer: Any, zero_stage: int, tp_size: int) -
         optimizer: DeepSpeed's optimizer (the plain one under ZeRO 0).
         zero_stage: 0 to 3.
         tp_size: tensor-parallel size.
+        with_empty: list parameters too of which other ranks hold everything.
     """
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         tensor = logical_tensor(model, name, parameter, tp_size)
-        piece = _locate(parameter, optimizer, zero_stage)
-        if piece is not None:
-            start, master, key, offset = piece
+        start, master, key, offset = _locate(parameter, optimizer, zero_stage)
+        if with_empty or master.numel():
             tied = bool(getattr(parameter, "ds_pipe_replicated", False))
             found.append(Fragment(tensor, parameter, start, start + master.numel(), master, key, offset, tied))
     return found
 
 
-def _locate(parameter: nn.Parameter, optimizer: Any, zero_stage: int) -> tuple[int, torch.Tensor, Any, int] | None:
-    """Find (start in the local slice, master view, key of optimizer.state, offset in it); None if nothing is here."""
+def _locate(parameter: nn.Parameter, optimizer: Any, zero_stage: int) -> tuple[int, torch.Tensor, Any, int]:
+    """Find (start in the local slice, master view, key of optimizer.state, offset in it); the view may be empty."""
     if zero_stage == 0:
         return 0, parameter.data.view(-1), parameter, 0
     if zero_stage == 3:
         return _locate_zero3(parameter, optimizer)
+    is_bf16 = hasattr(optimizer, "fp32_groups_flat_partition")
+    flats = optimizer.fp32_groups_flat_partition if is_bf16 else optimizer.single_partition_of_fp32_groups
     mapping = parameter._hp_mapping
     if mapping is None:
-        return None
-    flat = (
-        optimizer.fp32_groups_flat_partition
-        if hasattr(optimizer, "fp32_groups_flat_partition")
-        else optimizer.single_partition_of_fp32_groups
-    )[mapping.param_group_index]
-    address = mapping.hp_fragment_address
-    master = flat.data.narrow(0, address.start, address.numel)
-    return mapping.lp_fragment_address.start, master, flat, address.start
+        groups = optimizer.bf16_groups if is_bf16 else optimizer.bit16_groups
+        flat = next(flat for flat, group in zip(flats, groups, strict=True) if any(p is parameter for p in group))
+        return 0, flat.data[:0], flat, 0
+    flat, address = flats[mapping.param_group_index], mapping.hp_fragment_address
+    return mapping.lp_fragment_address.start, flat.data.narrow(0, address.start, address.numel), flat, address.start
 
 
-def _locate_zero3(parameter: nn.Parameter, optimizer: Any) -> tuple[int, torch.Tensor, Any, int] | None:
+def _locate_zero3(parameter: nn.Parameter, optimizer: Any) -> tuple[int, torch.Tensor, Any, int]:
     """ZeRO 3 cuts each parameter into equal ranges, the last ones padded."""
     group, offset, partition_size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = partition_size * optimizer.partition_rank if hasattr(optimizer, "partition_rank") else None
     if start is None:
         start = partition_size * torch.distributed.get_rank(parameter.ds_process_group)
-    size = max(0, min(partition_size, parameter.ds_numel - start))
-    if size == 0:
-        return None
+    start = min(start, parameter.ds_numel)
+    size = min(partition_size, parameter.ds_numel - start)
     flat = optimizer.fp32_partitioned_groups_flat[group]
     return start, flat.data.narrow(0, offset, size), flat, offset
 

@@ -21,7 +21,7 @@ MIN_SEQ_LENGTH = 32
 MIN_LAYERS = 2
 MIN_QUERY_GROUPS = 2
 WIDTH = 64
-"""Width that the heads have together, where the ratio of query to key/value heads allows it."""
+"""Width of the model, or of the heads together if that is the smaller, where the ratios allow it."""
 VOCAB_SIZE = 2 * VOCAB_MULTIPLE
 BUCKET_ELEMENTS = 20_000
 """Size of DeepSpeed's buckets, so that a small model has several, as a large one has."""
@@ -70,7 +70,9 @@ def shrink(
     keys["batch"] = _batch(config, dp_multiple)
     nominal = sample_lengths(DataConfig.model_validate(keys["data"]), config.objective).nominal
     train_tokens = steps * keys["batch"]["global_batch_size"] * nominal
-    keys["optim"] |= _schedule(config, train_tokens)
+    keys["optim"] |= _schedule(config, train_tokens, steps)
+    if config.optim.name == "adafactor":  # its matrices stay factored
+        keys["optim"]["adafactor_min_dim"] = min(config.optim.adafactor_min_dim, keys["model"]["hidden_size"])
     keys["train"] |= {"train_tokens": train_tokens, "stop_at_step": steps, "log_interval": 1, "eval_interval": 0}
     keys["train"]["compile"] = False
     keys["checkpoint"] = {"save_interval": 0, "resume": "never"}
@@ -130,8 +132,9 @@ def _smallest_alike(size: int, multiple: int, at_least: int) -> int:
 def _model(model: ModelConfig, tp_multiple: int, pp_multiple: int) -> dict[str, Any]:
     groups = _smallest_alike(model.query_groups, tp_multiple, MIN_QUERY_GROUPS)
     heads = groups * (model.num_attention_heads // model.query_groups)
-    head_size = min(model.head_size, max(4, WIDTH // heads // 2 * 2))
     ratio = model.hidden_size / (model.num_attention_heads * model.head_size)
+    width = round(WIDTH * max(1.0, 1 / ratio))
+    head_size = min(model.head_size, max(4, width // heads // 2 * 2))
     hidden_size = max(1, round(ratio * heads * head_size))
     ffn_size = max(1, round(hidden_size * model.ffn_size / model.hidden_size))
     is_padded = model.vocab_size % VOCAB_MULTIPLE != 0
@@ -171,9 +174,11 @@ def _batch(config: RunConfig, dp_multiple: int) -> dict[str, Any]:
     return {"micro_batch_size": MICRO_BATCH_SIZE, "global_batch_size": 2 * size, "ramp": ramp}
 
 
-def _schedule(config: RunConfig, train_tokens: int) -> dict[str, Any]:
+def _schedule(config: RunConfig, train_tokens: int, steps: int) -> dict[str, Any]:
     optim, share = config.optim, train_tokens / config.train.train_tokens
     warmup_tokens = int(optim.lr_warmup_tokens * share)
+    if optim.lr_decay_style == "inverse_sqrt":  # a share of it would be over, and the rate low, at the first step
+        warmup_tokens = max(warmup_tokens, train_tokens // steps)
     decay_tokens = optim.lr_decay_tokens and max(warmup_tokens + 1, int(optim.lr_decay_tokens * share))
     return {"lr_warmup_tokens": min(warmup_tokens, train_tokens - 1), "lr_decay_tokens": decay_tokens}
 

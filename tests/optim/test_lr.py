@@ -17,13 +17,15 @@ GPT3 = OptimConfig(lr=6.0e-4, min_lr=6.0e-5, lr_warmup_tokens=WARMUP, lr_decay_t
 @st.composite
 def schedules(draw):
     lr = draw(st.floats(1e-6, 1.0))
-    warmup = draw(st.integers(0, 10**9))
+    style = draw(st.sampled_from(["cosine", "linear", "constant", "inverse_sqrt"]))
+    warmup = draw(st.integers(1 if style == "inverse_sqrt" else 0, 10**9))
     return OptimConfig(
         lr=lr,
         min_lr=lr * draw(st.floats(0, 1)),
         lr_warmup_tokens=warmup,
         lr_decay_tokens=warmup + draw(st.integers(1, 10**12)),
-        lr_decay_style=draw(st.sampled_from(["cosine", "linear", "constant"])),
+        lr_decay_style=style,
+        lr_warmup_style=draw(st.sampled_from(["linear", "constant"])),
     )
 
 
@@ -63,6 +65,27 @@ def test_linear_decay_is_a_straight_line():
 def test_constant_stays_at_the_peak_past_the_decay():
     optim = OptimConfig(lr=1.0, lr_warmup_tokens=100, lr_decay_tokens=500, lr_decay_style="constant")
     assert [lr_at(t, optim, 1000) for t in (50, 100, 500, 2000)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_t5s_rate_is_one_over_the_root_of_the_step_from_ten_thousand_on():
+    tokens = 128 * 626  # of a step
+    optim = OptimConfig(
+        lr=0.01, lr_warmup_tokens=10_000 * tokens, lr_warmup_style="constant", lr_decay_style="inverse_sqrt"
+    )
+    for step in (1, 5_000, 10_000, 10_001, 40_000, 2**19):
+        assert lr_at(step * tokens, optim, TRAIN) == pytest.approx(1 / math.sqrt(max(step, 10_000)), rel=1e-12)
+
+
+def test_inverse_root_rises_with_a_linear_warmup_and_stops_at_the_minimum():
+    optim = OptimConfig(lr=1.0, min_lr=0.4, lr_warmup_tokens=100, lr_decay_style="inverse_sqrt")
+    assert [lr_at(t, optim, 1000) for t in (25, 100, 400, 625, 10_000)] == pytest.approx([0.25, 1.0, 0.5, 0.4, 0.4])
+
+
+def test_constant_warmup_is_flat_and_its_decay_begins_behind_it():
+    optim = OptimConfig(
+        lr=1.0, lr_warmup_tokens=100, lr_decay_tokens=500, lr_warmup_style="constant", lr_decay_style="linear"
+    )
+    assert [lr_at(t, optim, 1000) for t in (1, 99, 100, 300, 500)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0])
 
 
 def test_without_warmup_the_first_step_starts_the_decay():

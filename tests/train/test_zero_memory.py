@@ -29,7 +29,7 @@ NUM_PARAMETERS = 14_186_496
 LENGTH = 8
 
 
-def held_bytes(stage: int, precision: str) -> tuple[int, StateBytes, StateBytes]:
+def held_bytes(stage: int, precision: str, optimizer: str = "adamw") -> tuple[int, StateBytes, StateBytes]:
     """Train a step of two micro batches; return the parameters, the bytes between the two and those after the step."""
     import torch
 
@@ -44,7 +44,7 @@ def held_bytes(stage: int, precision: str) -> tuple[int, StateBytes, StateBytes]
         "data": {"train": [{"prefix": "unread"}], "seq_length": LENGTH},
         "precision": precision,
         "batch": {"micro_batch_size": 1, "global_batch_size": 2 * RANKS},
-        "optim": {"lr": 1.0e-3},
+        "optim": {"name": optimizer, "lr": 1.0e-3},
         "train": {"train_tokens": 1000},
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "output_dir": "unwritten",
@@ -88,6 +88,13 @@ def test_each_rank_holds_what_the_formula_says(stage: int, precision: str) -> No
         assert num_parameters == NUM_PARAMETERS
         assert after.parameters == pytest.approx(expected.parameters, rel=TOLERANCE)
         assert between.gradients == pytest.approx(expected.gradients, rel=TOLERANCE)
+        assert after.optimizer == pytest.approx(expected.optimizer, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_adafactor_adds_little_to_the_master_weights(stage: int, precision: str) -> None:
+    expected = zero_bytes(NUM_PARAMETERS, RANKS, stage, precision, moment_width=0)
+    for _, _, after in run_ranks(RANKS, held_bytes, stage, precision, "adafactor"):
         assert after.optimizer == pytest.approx(expected.optimizer, rel=TOLERANCE)
 
 

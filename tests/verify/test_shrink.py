@@ -14,7 +14,7 @@ from lmscale.config.io import load_run, parse_run
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError
 from lmscale.optim.lr import lr_at
-from lmscale.verify.layouts import all_layouts
+from lmscale.verify.layouts import Candidate, all_layouts
 from lmscale.verify.shrink import fits, lay_out, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,13 +54,22 @@ def shrunk(config: RunConfig, max_ranks: int = 4, precision: str = "fp32") -> Ru
 def test_copy_of_every_recipe_fits_every_layout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = load_run(path)
-    layouts = all_layouts(4, "fp32", config.parallel.recompute)
     small = shrunk(config)
+    layouts = all_layouts(4, "fp32", config.parallel.recompute)
     assert len(layouts) > 40
+    if config.model.architecture == "t5":  # 114 targets do not divide over four ranks, 6 heads neither
+        layouts = [layout for layout in layouts if _divides(config, layout)]
+    assert len(layouts) > 30
     for layout in layouts:
         placed = lay_out(small, layout)
         assert (placed.parallel.tp_size, placed.parallel.pp_size) == (layout.tp_size, layout.pp_size)
         assert placed.deepspeed["zero_optimization"]["stage"] == layout.zero_stage  # type: ignore[index]
+
+
+def _divides(config: RunConfig, layout: Candidate) -> bool:
+    return config.model.num_attention_heads % layout.tp_size == 0 and not (
+        layout.sequence_parallel and config.lengths.decoder % layout.tp_size
+    )
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -68,9 +77,10 @@ def test_copy_of_every_recipe_is_small_and_makes_its_choices(path: Path, monkeyp
     monkeypatch.chdir(ROOT)
     config = load_run(path)
     small = shrunk(config)
-    assert (small.model.hidden_size, small.data.seq_length) == (64, 32)
-    assert small.model.num_layers == (2 if path.stem == "bart-base" else 4)  # in each of two stacks
-    assert small.model.ffn_size == 4 * 64
+    width = {"t5-11b": 32, "t5-v1.1-small": 85}.get(path.stem, 64)  # whose heads are wider or narrower than they are
+    assert (small.model.hidden_size, small.data.seq_length) == (width, 32)
+    assert small.model.num_layers == (2 if path.stem in ("bart-base", "t5-small") else 4)  # in each of two stacks
+    assert small.model.ffn_size == pytest.approx(width * config.model.ffn_size / config.model.hidden_size, rel=0.02)
     assert {key: getattr(small.model, key) for key in KEPT} == {key: getattr(config.model, key) for key in KEPT}
     assert (small.optim.name, small.optim.lr) == (config.optim.name, config.optim.lr)
     shortened = {"max_predictions"}
