@@ -137,8 +137,8 @@ def interrupt(ranks: int, keys: Keys, step: int) -> None:
     ("ranks", "changes"),
     [
         (1, zero(0)),
-        (2, zero(1)),
-        (2, zero(2, precision="bf16")),
+        pytest.param(2, zero(1), marks=pytest.mark.slow),
+        pytest.param(2, zero(2, precision="bf16"), marks=pytest.mark.slow),
         (2, zero(3)),
         (4, zero(1, precision="bf16", parallel__tp_size=2, parallel__pp_size=2)),
         (1, zero(1, precision="fp16", loss_scale={"initial": 1024, "window": 2})),
@@ -163,7 +163,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         ((1, zero(0)), (2, zero(3))),
         ((2, zero(3)), (2, zero(1, parallel__pp_size=2))),
         ((4, zero(1, parallel__tp_size=2, parallel__pp_size=2)), (1, zero(0))),
-        ((2, zero(1)), (4, zero(2, parallel__tp_size=2))),
+        pytest.param((2, zero(1)), (4, zero(2, parallel__tp_size=2)), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -32,8 +32,10 @@ def pretrain_counting_graphs(keys: dict[str, Any]) -> int:
     ("changes", "tolerance"),
     [
         ({}, COMPILED_TOLERANCE),
-        ({"model": dict(LLAMA), "data__reset_attention_mask": True}, COMPILED_TOLERANCE),
-        ({"parallel__recompute": "full"}, COMPILED_TOLERANCE),
+        pytest.param(
+            {"model": dict(LLAMA), "data__reset_attention_mask": True}, COMPILED_TOLERANCE, marks=pytest.mark.slow
+        ),
+        pytest.param({"parallel__recompute": "full"}, COMPILED_TOLERANCE, marks=pytest.mark.slow),
         ({"precision": "bf16", "deepspeed__zero_optimization__stage": 1}, BF16_COMPILED_TOLERANCE),
     ],
     ids=["gpt", "llama-isolated-documents", "recompute-full", "bf16"],

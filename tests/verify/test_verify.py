@@ -216,7 +216,7 @@ def test_difference_is_the_largest_over_the_steps(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("architecture", ["bert", "t5"])
+@pytest.mark.parametrize("architecture", [pytest.param("bert", marks=pytest.mark.slow), "t5"])
 def test_layouts_of_other_objectives_are_the_same_on_the_runs_own_corpus(architecture: str, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     sentences = [
