@@ -60,6 +60,8 @@ def body() -> int:
     register()
     say("up")
     if BEHAVIOUR == "killed" and rank() == 1:
+        while not (DIRECTORY / "rank-0.log").exists():  # before it listens, the launcher's TERM would silence it too
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     return work()
 
