@@ -1,5 +1,7 @@
 # Each target calls a script or a tool; `make` alone lists them.
 BIN := .venv/bin
+# Processes that run test files side by side; each starts ranks of its own.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-all lint bench docs
@@ -20,10 +22,10 @@ quickstart: venv
 	$(BIN)/python tools/quickstart.py
 
 test: venv
-	$(BIN)/pytest -m "not slow and not gpu and not cluster"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not cluster"
 
 test-all: venv
-	$(BIN)/pytest -m "not cluster"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not cluster"
 
 lint: venv
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@ A micro batch is a mapping from these names to tensors. The objective makes it (
 the model's first stage reads the inputs and the loss, on the last stage, the labels.
 
 Shapes: b micro batch, s sequence (of the encoder, in a model with two stacks), d sequence of the decoder, l places for
-labels (s for causal_lm, d for bart and t5, the most predictions of a sample for bert and roberta).
+labels (s for causal_lm, d for bart and t5, the most predictions of a sample for bert and roberta; of a task with a head
+1 for classes and values, s for classes of tokens, 2 for a span).
 """
 
 from __future__ import annotations
@@ -45,8 +46,20 @@ DECODER_DOCUMENT_IDS = Field(
     "input",
     "as document_ids, of the decoder's tokens, which see the encoder's tokens of the same number",
 )
+PROMPT_PLACES = Field(
+    "prompt_places",
+    "int64",
+    "bs",
+    "input",
+    "which vector of a trained prompt stands in a token's place; -1: the token's own",
+)
+ADAPTER_IDS = Field(
+    "adapter_ids", "int64", "b", "input", "whose adaptation a row is computed with, where there are several"
+)
 LABELS = Field("labels", "int64", "bl", "label", "token ids to predict")
+TARGETS = Field("targets", "float32", "bl", "label", "numbers to predict, of a head that gives a value")
 LOSS_MASK = Field("loss_mask", "float32", "bl", "label", "1.0 where the label counts, else 0.0")
+TARGETS = Field("targets", "float32", "bl", "label", "numbers to predict, in the place of labels")
 IS_RANDOM_NEXT = Field(
     "is_random_next", "int64", "b", "label", "1 where segment B does not follow segment A, 0 where it does; -1: no pair"
 )
@@ -61,7 +74,10 @@ FIELDS: tuple[Field, ...] = (
     DECODER_TOKENS,
     DECODER_POSITIONS,
     DECODER_DOCUMENT_IDS,
+    PROMPT_PLACES,
+    ADAPTER_IDS,
     LABELS,
+    TARGETS,
     LOSS_MASK,
     IS_RANDOM_NEXT,
 )

@@ -11,6 +11,8 @@ from typing import Any
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED_AND_SAVED = 75
+EXIT_HANG = 76
+EXIT_BUDGET = 77
 
 _ABSENT = object()
 
@@ -37,6 +39,16 @@ class LmscaleError(Exception):
             line += f"; {remedy}"
         super().__init__(line.replace("\n", " "))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Carry the error whole to another process: by default its finished line would become the rule."""
+        return _restore, (type(self), self.__dict__, self.args)
+
+
+def _restore(kind: type[LmscaleError], state: dict[str, Any], line: tuple[str]) -> LmscaleError:
+    error = kind.__new__(kind, *line)
+    error.__dict__.update(state)
+    return error
+
 
 class ConfigError(LmscaleError):
     """The configuration is wrong, alone or against the machine."""
@@ -62,5 +74,23 @@ class ConversionError(LmscaleError):
     exit_status = EXIT_BAD_INPUT
 
 
+class OutputError(LmscaleError):
+    """What was to be written cannot be: the disk is full, or the place that the user named cannot be written."""
+
+    exit_status = EXIT_BAD_INPUT
+
+
 class RunError(LmscaleError):
-    """A run cannot go on, though its input was right: a full disk, a loss scale at its minimum."""
+    """A run cannot go on, though its input was right: a loss scale at its minimum, a process that died."""
+
+
+class HangError(RunError):
+    """A run has made no progress for longer than it may."""
+
+    exit_status = EXIT_HANG
+
+
+class FaultError(RunError):
+    """The fault policy ends a run: it says so, or its budget is spent, or there is no checkpoint to go back to."""
+
+    exit_status = EXIT_BUDGET

@@ -6,8 +6,11 @@ console shows the run and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -37,13 +40,32 @@ def setup_logging(rank: int, directory: Path | None = None) -> None:
         ours.addHandler(console)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(directory / f"rank-{rank:04d}.log")
+        file = logging.FileHandler(log_file(rank, directory))
         file.setFormatter(logging.Formatter(_FORMAT))
         root.addHandler(file)
     else:
         root.addHandler(logging.NullHandler())
+    # A full disk is said once, by what has to be written there, and not for each line of a log.
+    logging.raiseExceptions = False
     logging.captureWarnings(True)
     _capture_third_party()
+
+
+def log_file(rank: int, directory: Path) -> Path:
+    """Name a rank's log in the directory of logs."""
+    return directory / f"rank-{rank:04d}.log"
+
+
+@contextlib.contextmanager
+def prints_logged(name: str) -> Iterator[None]:
+    """Send what a library prints within the block to its logger instead, `name`, and so to the rank's file."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logging.getLogger(name).info(line)
 
 
 def _capture_third_party() -> None:

@@ -20,9 +20,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lmscale.parallel.op_builds import mend_builds
 from tests.distributed.runs import write_corpus
 
 torch.set_num_threads(1)
+mend_builds()  # of tests that use DeepSpeed's ops in this process
 # Tests share their CPUs with others; how long an example takes says nothing.
 settings.register_profile("lmscale", deadline=None)
 settings.load_profile("lmscale")

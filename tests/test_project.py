@@ -62,7 +62,7 @@ def test_documents_show_commands() -> None:
 
 @pytest.mark.parametrize("arguments", commands("lmscale"), ids=" ".join)
 def test_command_of_the_documents_exists_with_its_options(arguments: list[str]) -> None:
-    num_words = 2 if arguments[0] in ("tokenizer", "data") else 1
+    num_words = 2 if arguments[0] in ("tokenizer", "data", "adapter", "checkpoint") else 1
     text = help_of(*arguments[:num_words])
     for option in (word.split("=")[0] for word in arguments[num_words:] if word.startswith("--")):
         assert re.search(rf"{re.escape(option)}\b", text), f"lmscale {arguments[0]} has no {option}"
@@ -123,6 +123,7 @@ def test_constraints_pin_what_the_project_needs() -> None:
     wanted = [
         *project["dependencies"],
         *project["optional-dependencies"]["test"],
+        *project["optional-dependencies"]["tasks"],
         *project["optional-dependencies"]["lint"],
     ]
     assert {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in wanted} <= pinned

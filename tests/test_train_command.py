@@ -15,7 +15,7 @@ import pytest
 from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED
 from tests.distributed.runs import Keys, records, run_keys
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
@@ -52,13 +52,15 @@ def test_terminated_run_is_saved_leaves_no_process_and_goes_on(corpus: str, tmp_
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     wait_for_a_record(keys, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == EXIT_INTERRUPTED_AND_SAVED, output
     assert "Traceback" not in output
+    for chatter in ("hostfile", "built successfully", "fp16"):
+        assert chatter not in output
     assert not processes_of(tmp_path / "run")
     stopped_at = records(keys)[-1]["step"]
     resumed = subprocess.run(
-        [*command, f"train.stop_at_step={stopped_at + 2}"], capture_output=True, text=True, env=ENVIRONMENT, timeout=200
+        [*command, f"train.stop_at_step={stopped_at + 2}"], capture_output=True, text=True, env=ENVIRONMENT, timeout=400
     )
     assert resumed.returncode == 0, resumed.stderr
     assert [record["step"] for record in records(keys)] == list(range(1, stopped_at + 3))
@@ -78,7 +80,7 @@ def test_bare_deepspeed_command_trains_with_overrides_and_another_json(corpus: s
         "lmscale.pretrain",
     ]
     command += ["--config", config, "--deepspeed_config", str(tmp_path / "zero2.json"), "train.stop_at_step=2"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(records(keys)) == 2
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

@@ -23,7 +23,7 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "sentencepiece")
+PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "peft", "sentencepiece")
 SCRIPTS = {"data": "bench_data.py", "objectives": "bench_objectives.py"}
 """Parts that print their own tables."""
 START_RUNS = 5
@@ -111,12 +111,14 @@ def machine() -> list[str]:
 
 def main() -> int:
     """Measure, print, write the page."""
-    parts = ("step", "ranks", "memory", *SCRIPTS, "start", "gpu")
+    parts = ("step", "ranks", "memory", "wait", "adaptation", "checkpoints", *SCRIPTS, "start", "gpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="measure these, and write nothing")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a race, in which all take turns")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of the libraries that are measured
+    import bench_adaptation
+    import bench_checkpoint
     import bench_train
     import torch
 
@@ -127,6 +129,9 @@ def main() -> int:
         "step": lambda: bench_train.one_process(options.seconds),
         "ranks": lambda: bench_train.two_ranks(options.seconds),
         "memory": bench_train.zero_memory,
+        "wait": bench_train.data_wait,
+        "adaptation": lambda: bench_adaptation.adaptation(options.seconds / 2),
+        "checkpoints": bench_checkpoint.checkpoints,
         "start": start,
     }
     if torch.cuda.is_available():

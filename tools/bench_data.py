@@ -96,6 +96,8 @@ def our_batches(prefix: Path, num_workers: int, isolate: bool) -> Iterator[Any]:
     """Iterate over lmscale's train loader."""
     from lmscale.config.io import parse_run
     from lmscale.feed.loader import build_train_loader
+    from lmscale.optim.batch_ramp import sizes_of
+    from lmscale.optim.steps import Steps
 
     config = parse_run(
         {
@@ -113,7 +115,7 @@ def our_batches(prefix: Path, num_workers: int, isolate: bool) -> Iterator[Any]:
             "output_dir": str(prefix.parent),
         }
     )
-    return build_train_loader(config, 0, 1, 0, lambda consumed: MICRO_BATCH_SIZE)
+    return build_train_loader(config, 0, 1, Steps(sizes_of(config), 0, 0, config.train.train_tokens))
 
 
 def their_batches(prefix: Path, num_workers: int, cache: Path) -> Iterator[Any]:

@@ -1,18 +1,22 @@
-"""Measure how fast samples of each objective are made, against megatron-core's data sets of BERT and T5.
+"""Measure how fast samples of each objective are made, and how long a training step waits for them.
 
-All sides run in turn, in one process on one core, on the same corpus of sentences; the figures are medians. The text is
-the Python standard library's sources. Run it on a quiet machine: `python tools/bench_objectives.py`.
+The peers are megatron-core's data sets of BERT and T5. All sides run in turn, in one process on one core, on the same
+corpus of sentences; the figures are medians. The text is the Python standard library's sources. Run it on a quiet machine:
+`python tools/bench_objectives.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -47,6 +51,15 @@ PEERS = {"bert": THEIR_BERT, CUT_TOO: THEIR_BERT, "bert, whole_words": THEIR_WOR
 ROWS = (THEIR_BERT, THEIR_WORDS, "bert", CUT_TOO, "bert, whole_words", "roberta", THEIR_T5, *list(OBJECTIVES)[3:])
 NOT_PADDING = {"document_ids": -1, "padding_mask": 0, "enc_mask": 0}
 """Where a field of a batch, lmscale's or megatron-core's, is above this there is a token."""
+WAITING = ("bert", "roberta", "t5, spans", "bart, bart_released")
+WAIT_STEPS, WAIT_BATCH_SIZE, WAIT_LAYERS = 4, 4, 6
+"""Of the training runs whose waits are measured; the first step, which starts the worker, does not count."""
+LONE_RANK = {
+    **dict.fromkeys(("RANK", "LOCAL_RANK"), "0"),
+    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"), "1"),
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"},
+}
+GOAL_OF_WAIT = 0.01
 GOALS = {"bert": 5_000, "roberta": 5_000, "t5": 3_000, "bart": 2_000}
 NOTE = f"""\
 A second is one of CPU time. lmscale: locate, read and make_batch, {BATCH_SIZE} samples at a time. megatron-core: torch's \
@@ -68,13 +81,14 @@ class Corpus:
 def make_corpus(text: Path, vocab_size: int) -> Corpus:
     """Train a tokenizer on JSON lines and tokenize them into sentences, beside the text."""
     from lmscale.data.encode import encode_corpus
+    from lmscale.data.readers import TextReader
     from lmscale.data.sentences import SentenceSplitter
     from lmscale.data.tokenizer_training import train_tokenizer
 
     tokenizer = TokenizerConfig(path=str(text.parent / "tokenizer"))
     train_tokenizer([str(text)], vocab_size, "bpe", tokenizer.path)
     prefix = text.parent / "sentences"
-    encode_corpus([str(text)], tokenizer, prefix, workers=1, splitter=SentenceSplitter("split"))
+    encode_corpus([str(text)], tokenizer, prefix, workers=1, reader=TextReader(splitter=SentenceSplitter("split")))
     return Corpus(prefix, tokenizer, vocab_size)
 
 
@@ -105,7 +119,7 @@ def one_rank() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def configure(corpus: Corpus, objective: dict[str, Any]) -> RunConfig:
+def configure(corpus: Corpus, objective: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Configure a run of an objective."""
     from lmscale.config.io import parse_run
 
@@ -131,7 +145,8 @@ def configure(corpus: Corpus, objective: dict[str, Any]) -> RunConfig:
             "optim": {"lr": 1.0e-3},
             "train": {"train_tokens": 10**12},
             "output_dir": str(corpus.prefix.parent),
-        }
+        },
+        list(overrides),
     )
 
 
@@ -165,8 +180,10 @@ def our_batches(config: RunConfig) -> Iterator[dict[str, Any]]:
 def our_loader(config: RunConfig) -> Iterator[Any]:
     """Iterate over the train loader, which has one worker."""
     from lmscale.feed.loader import build_train_loader
+    from lmscale.optim.batch_ramp import sizes_of
+    from lmscale.optim.steps import Steps
 
-    return build_train_loader(config, 0, 1, 0, lambda consumed: BATCH_SIZE)
+    return build_train_loader(config, 0, 1, Steps(sizes_of(config), 0, 0, config.train.train_tokens))
 
 
 def word_piece_tokenizer(corpus: Corpus) -> SimpleNamespace:
@@ -273,6 +290,52 @@ def worker_rates(corpus: Corpus, rounds: int, seconds: float) -> dict[str, float
     return median_rates(sides, rounds)
 
 
+def waits(corpus: Corpus, name: str) -> tuple[float, float]:
+    """Train a small model on an objective and return the seconds of a step and the share of it that waits for data.
+
+    One rank computes, one worker makes the batches. Medians over the steps behind the first.
+    """
+    from lmscale.config.io import show
+    from lmscale.monitor.metrics import PERF_DATA_WAIT_FRACTION, PERF_STEP_TIME_S
+
+    home = corpus.prefix.parent / f"waits-{WAITING.index(name)}"
+    layers = WAIT_LAYERS // 2 if OBJECTIVES[name]["name"] in ("t5", "bart") else WAIT_LAYERS  # of each stack
+    overrides = [
+        *(f"model.num_layers={layers}", "model.hidden_size=384", "model.num_attention_heads=6"),
+        *(f"batch.micro_batch_size={WAIT_BATCH_SIZE}", f"batch.global_batch_size={WAIT_BATCH_SIZE}"),
+        *(f"train.stop_at_step={WAIT_STEPS}", "train.log_interval=1", "train.eval_interval=0"),
+        *("checkpoint.save_interval=0", "monitor.tensorboard=false", f"output_dir={home}"),
+    ]
+    config = corpus.prefix.parent / f"{home.name}.yaml"
+    config.write_text(show(configure(corpus, OBJECTIVES[name], overrides)))
+    done = subprocess.run(
+        [sys.executable, "-m", "lmscale.pretrain", "--config", str(config)],
+        env=os.environ | LONE_RANK,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    records = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()][1:]
+    medians = (
+        statistics.median(record[tag] for record in records) for tag in (PERF_STEP_TIME_S, PERF_DATA_WAIT_FRACTION)
+    )
+    return next(medians), next(medians)
+
+
+def waits_table(measured: dict[str, tuple[float, float]]) -> Table:
+    """Tabulate the waits."""
+    title = (
+        f"Training step of one rank, {WAIT_BATCH_SIZE} x {SEQ_LENGTH} tokens, {WAIT_LAYERS} layers of 384; one worker"
+    )
+    table = Table(title=title)
+    for column in ("objective", "s", "waits for data", "goal"):
+        table.add_column(column, justify="left" if column == "objective" else "right")
+    for name, (seconds, share) in measured.items():
+        table.add_row(name, f"{seconds:.2f}", f"{share:.3%}", f"< {GOAL_OF_WAIT:.0%}")
+    return table
+
+
 def objectives_table(rates: dict[str, float], tokens: dict[str, float]) -> Table:
     """Tabulate the objectives, each beside its peer."""
     table = Table(title=f"Objectives: samples/s on one core, length {SEQ_LENGTH}", caption=NOTE, caption_justify="left")
@@ -298,7 +361,7 @@ def worker_table(rates: dict[str, float]) -> Table:
 
 
 def main() -> None:
-    """Measure and print both tables."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a run")
@@ -311,6 +374,7 @@ def main() -> None:
         corpus = make_corpus(text, VOCAB_SIZE)
         console.print(objectives_table(*objective_rates(corpus, options.rounds, options.seconds)))
         console.print(worker_table(worker_rates(corpus, options.rounds, options.seconds)))
+        console.print(waits_table({name: waits(corpus, name) for name in WAITING}))
 
 
 if __name__ == "__main__":

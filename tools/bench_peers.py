@@ -76,7 +76,7 @@ class TorchTrainer:
 
     def __init__(self, model: nn.Module, loss: Callable[..., torch.Tensor], precision: str):
         self._model, self._loss = model, loss
-        self._weights = list(model.parameters())
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._masters = self._weights
         if precision == "bf16":
             self._masters = [nn.Parameter(weight.detach().clone()) for weight in self._weights]

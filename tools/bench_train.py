@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench_race import Contender, collect, median_ratio, race
 from bench_sheet import Sheet
 
 from lmscale.config.io import parse_run
 from lmscale.config.model import ModelConfig
+from lmscale.data.index_file import dtype_for
+from lmscale.data.manifest import Manifest
+from lmscale.data.writer import CorpusWriter
+from lmscale.monitor.metrics import PERF_DATA_WAIT_FRACTION, PERF_STEP_TIME_S
 from lmscale.plan.devices import peak_flops_per_second
 from lmscale.plan.flops import model_flops_per_token
 from lmscale.plan.memory import StateBytes, zero_bytes
@@ -23,6 +34,8 @@ GPU_SEQ_LENGTH = 2048
 GPU_MODELS = {"gpt3-350m": (16, 8, 4, 2, 1), "gpt3-1.3b": (8, 4, 2, 1)}
 """Preset to micro batch sizes, the first that fits; each contender takes the largest that all of them can."""
 OUR_NAME = "lmscale"
+GOAL_OF_WAIT = 0.01
+WAIT_STEPS, WAIT_DOCUMENTS = 10, 4000
 
 
 # --- what runs in the ranks ---
@@ -135,6 +148,59 @@ def two_ranks(seconds: float) -> Iterator[Sheet]:
         rate = BATCH * SEQ_LENGTH / statistics.median(taken)
         goal = f">= {GOAL_OF_RANKS}" if name == "two ranks, ZeRO 0" else ""
         sheet.row(name, f"{rate:,.0f}", f"{1 / median_ratio(taken, times[one]):.2f}", goal)
+    yield sheet
+
+
+def data_wait() -> Iterator[Sheet]:
+    """Train a run of the small model as `lmscale train` does, one loader worker, and read how long it waits for data."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        tokens = np.random.default_rng(1).integers(0, SMALL.vocab_size, (WAIT_DOCUMENTS, SEQ_LENGTH))
+        with CorpusWriter(directory / "tokens", dtype_for(SMALL.vocab_size)) as writer:
+            writer.append(tokens.astype(np.uint16).tobytes(), np.full(WAIT_DOCUMENTS, SEQ_LENGTH, np.int32))
+            writer.finish(
+                lambda idx_sha256, size: Manifest(
+                    tokenizer_hash="none",
+                    vocab_size=SMALL.vocab_size,
+                    eos_id=None,
+                    documents=WAIT_DOCUMENTS,
+                    tokens=tokens.size,
+                    skipped={},
+                    idx_sha256=idx_sha256,
+                    bin_bytes=size,
+                )
+            )
+        keys = {
+            "model": SMALL.model_dump(mode="json"),
+            "data": {"train": [{"prefix": str(directory / "tokens")}], "seq_length": SEQ_LENGTH, "num_workers": 1},
+            "batch": {"micro_batch_size": BATCH, "global_batch_size": BATCH},
+            "optim": {"lr": 1.0e-4},
+            "train": {"train_tokens": 10**9, "stop_at_step": 2 * WAIT_STEPS, "log_interval": WAIT_STEPS},
+            "checkpoint": {"save_interval": 0},
+            "monitor": {"tensorboard": False},
+            "deepspeed": {"zero_optimization": {"stage": 0}},
+            "output_dir": str(directory / "run"),
+        }
+        (directory / "run.yaml").write_text(json.dumps(keys))  # YAML reads JSON
+        command = [sys.executable, "-m", "lmscale.pretrain", "--config", str(directory / "run.yaml")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    sheet = Sheet(
+        "Waiting for data, one worker of the loader",
+        ["", "ms a step", "waiting", "goal"],
+        note=f"A run of the model above, {BATCH} x {SEQ_LENGTH} tokens; perf/data_wait_fraction of the {WAIT_STEPS} steps "
+        f"after the first {WAIT_STEPS}.",
+    )
+    sheet.row(
+        OUR_NAME,
+        f"{1e3 * last[PERF_STEP_TIME_S]:,.0f}",
+        f"{last[PERF_DATA_WAIT_FRACTION]:.3%}",
+        f"< {GOAL_OF_WAIT:.0%}",
+    )
     yield sheet
 
 

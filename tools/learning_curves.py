@@ -14,33 +14,38 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
 import yaml
-from plot import Plot
+from curves import plot_curves
 from unigram import unigram_entropy
+
+from lmscale.config.lengths import span_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME, PAGE, PICTURE = Path("learning"), Path("docs/learning.md"), Path("docs/learning.svg")
-VOCAB_SIZE, LENGTH, BATCH, STEPS = 2048, 128, 16, 300
+VOCAB_SIZE, LENGTH, BATCH, STEPS, LR = 1024, 64, 32, 800, 1.0e-3
 HELD_OUT_ONE_IN = 10
-LEAST_FALL = 1.0
-"""Nats by which the held-out loss must fall below that of the first steps."""
-SIZES = {"hidden_size": 128, "num_attention_heads": 4, "vocab_size": VOCAB_SIZE, "max_position_embeddings": LENGTH}
+LEAST_FALL = 0.3
+"""Nats by which the held-out loss must fall below that of a model that knows the frequencies of tokens."""
+SIZES = {
+    **{"hidden_size": 128, "num_attention_heads": 4, "num_layers": 2},
+    **{"vocab_size": VOCAB_SIZE, "max_position_embeddings": LENGTH},
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "ffn_dropout"), 0.0),
+}
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     # objective: (layout in words, parallel, model, ZeRO stage)
-    "causal_lm": ("2 data-parallel, ZeRO 1", {}, {"architecture": "gpt", "num_layers": 4}, 1),
+    "causal_lm": ("2 data-parallel, ZeRO 1", {}, {"architecture": "gpt"}, 1),
     "bert": (
         "2 tensor-parallel, sequence parallelism",
         {"tp_size": 2, "sequence_parallel": True},
-        {"num_layers": 4},
+        {},
         0,
     ),
-    "roberta": ("2 data-parallel, ZeRO 2", {}, {"num_layers": 4}, 2),
-    "bart": ("2 pipeline stages, ZeRO 1", {"pp_size": 2}, {"num_layers": 2}, 1),
-    "t5": ("2 tensor-parallel, ZeRO 1", {"tp_size": 2}, {"num_layers": 2}, 1),
+    "roberta": ("2 data-parallel, ZeRO 2", {}, {}, 2),
+    "bart": ("2 pipeline stages, ZeRO 1", {"pp_size": 2}, {}, 1),
+    "t5": ("2 tensor-parallel, ZeRO 1", {"tp_size": 2}, {}, 1),
 }
 
 
@@ -90,9 +95,9 @@ def run_keys(objective: str) -> dict[str, Any]:
             "num_workers": 0,
         },
         "parallel": parallel,
-        "batch": {"micro_batch_size": 8, "global_batch_size": BATCH},
-        "optim": {"lr": 2.0e-3, "min_lr": 2.0e-4, "lr_warmup_tokens": 20 * BATCH * LENGTH},
-        "train": {"train_tokens": tokens(objective), "log_interval": 10, "eval_interval": 100, "eval_batches": 20},
+        "batch": {"micro_batch_size": BATCH // 2, "global_batch_size": BATCH},
+        "optim": {"lr": LR, "min_lr": LR / 10, "lr_warmup_tokens": STEPS // 10 * BATCH * LENGTH},
+        "train": {"train_tokens": tokens(objective), "log_interval": 20, "eval_interval": 200, "eval_batches": 20},
         "checkpoint": {"save_interval": 0},
         "deepspeed": {"zero_optimization": {"stage": stage}},
         "output_dir": str(HOME / objective),
@@ -101,18 +106,17 @@ def run_keys(objective: str) -> dict[str, Any]:
 
 def tokens(objective: str) -> int:
     """Count the tokens of STEPS steps, the decoder's places among them."""
-    places = {"bart": 2 * LENGTH, "t5": LENGTH + 29}.get(objective, LENGTH)
+    places = {"bart": 2 * LENGTH, "t5": LENGTH + span_lengths(LENGTH, 0.15, 3.0)[1]}.get(objective, LENGTH)
     return STEPS * BATCH * places
 
 
-def train(objective: str) -> tuple[list[dict[str, Any]], float]:
-    """Run an objective; return its metrics and the seconds that it took."""
+def train(objective: str) -> list[dict[str, Any]]:
+    """Run an objective and return its metrics."""
     config = HOME / f"{objective}.yaml"
     config.write_text(yaml.safe_dump(run_keys(objective)))
-    began = time.monotonic()
     lmscale("train", str(config), "--devices", "2")
     lines = (HOME / objective / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], time.monotonic() - began
+    return [json.loads(line) for line in lines]
 
 
 def main() -> int:
@@ -132,17 +136,15 @@ def main() -> int:
             *("--output", str(HOME / part)),
         )
     rows, curves, has_learned = [], {}, True
+    unigram = unigram_entropy(HOME / "train", HOME / "valid", VOCAB_SIZE)
     for objective, (layout, *_) in RUNS.items():
-        metrics, seconds = train(objective)
+        metrics = train(objective)
         curve = [(line["step"], line["train/lm_loss"]) for line in metrics if "train/lm_loss" in line]
         held_out = next(line["valid/docs/lm_loss"] for line in reversed(metrics) if "valid/docs/lm_loss" in line)
         curves[objective] = curve
-        has_learned &= held_out <= curve[0][1] - LEAST_FALL
-        rows.append(
-            f"| {objective} | {layout} | {curve[0][1]:.2f} | {curve[-1][1]:.2f} | {held_out:.2f} | {seconds:.0f} |"
-        )
-    PICTURE.write_text(Plot(curves).svg(), encoding="utf-8")
-    unigram = unigram_entropy(HOME / "train", HOME / "valid", VOCAB_SIZE)
+        has_learned &= held_out <= unigram - LEAST_FALL
+        rows.append(f"| {objective} | {layout} | {curve[0][1]:.2f} | {curve[-1][1]:.2f} | {held_out:.2f} |")
+    plot_curves(PICTURE, curves)
     PAGE.write_text(_page(rows, unigram), encoding="utf-8")
     return 0 if has_learned else 1
 
@@ -151,20 +153,19 @@ def _page(rows: list[str], unigram: float) -> str:
     lines = [
         "# Every objective learns",
         "",
-        f"Five models of about a million parameters, trained for {STEPS} steps of {BATCH} samples of {LENGTH} tokens on",
+        f"Five models of about half a million parameters, trained for {STEPS} steps of {BATCH} samples of {LENGTH} tokens on",
         "the docstrings of Python's standard library, on two CPU ranks, each on another layout. The losses are in nats",
         "per predicted token; bert's includes its next-sentence loss while it trains, and t5's its z-loss. They are not",
         "comparable with each other: each objective predicts something else.",
         "",
         "![Losses by step](learning.svg)",
         "",
-        "| objective | layout | first loss | last loss | held-out loss | s, start included |",
-        "|---|---|---|---|---|---|",
+        "| objective | layout | first loss | last loss | held-out loss |",
+        "|---|---|---|---|---|",
         *rows,
         "",
-        f"A model that knows the frequencies of tokens alone would lose {unigram:.2f} nats on the held-out text. bert,",
-        "roberta and bart get about there in these few steps: a sixth or less of their places are predicted, and masked",
-        "models take some thousands of steps before they look at the words around.",
+        f"A model that knows the frequencies of tokens alone would lose {unigram:.2f} nats on the held-out text. The run fails",
+        f"if an objective does not end {LEAST_FALL} nats below that.",
         "",
         "`.venv/bin/python tools/learning_curves.py` writes this page again.",
         "",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plot import Plot
+from curves import plot_curves
 from rich.console import Console
 from rich.markup import escape
 from unigram import unigram_entropy
@@ -151,7 +151,9 @@ def write_corpus(work: Quickstart) -> None:
 
 def write_report(work: Quickstart, metrics: list[dict[str, Any]], unigram: float) -> Path:
     """Write quickstart/report.md and the loss curve beside it."""
-    (HOME / "loss.svg").write_text(_loss_curve(metrics, unigram), encoding="utf-8")
+    tags = ("train/lm_loss", f"valid/{VALID_NAME}/lm_loss")
+    curves = {tag: [(line["step"], line[tag]) for line in metrics if tag in line] for tag in tags}
+    plot_curves(HOME / "loss.svg", curves, {"unigram": unigram})
     lines = ["# Quick start", "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in work.figures.items()]
     lines += ["", "![Loss by step](loss.svg)", "", "## Sample", "", "```", work.sample.strip(), "```", ""]
@@ -160,12 +162,6 @@ def write_report(work: Quickstart, metrics: list[dict[str, Any]], unigram: float
     path = HOME / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def _loss_curve(metrics: list[dict[str, Any]], unigram: float) -> str:
-    tags = ("train/lm_loss", f"valid/{VALID_NAME}/lm_loss")
-    curves = {tag: [(line["step"], line[tag]) for line in metrics if tag in line] for tag in tags}
-    return Plot(curves, {"unigram": unigram}).svg()
 
 
 def _read_metrics() -> list[dict[str, Any]]:

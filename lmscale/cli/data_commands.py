@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lmscale.data.indexed import IndexedCorpus
+    from lmscale.data.readers import Reader
     from lmscale.data.tokenizer import Tokenizer
 
 tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
@@ -99,17 +100,23 @@ def tokenize(
             help="Keep sentences, as bert, roberta and bart read them: split finds them, lines has one a line."
         ),
     ] = None,
-    language: Annotated[str, typer.Option(help="ISO 639 code of the text, for --sentences split.")] = "en",
+    language: Annotated[
+        str | None, typer.Option(help="ISO 639 code of the text, for --sentences split; left out, en.")
+    ] = None,
+    pair: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Keys of the input and of the target of JSON lines, as text_to_text reads them."),
+    ] = None,
+    task_prefix: Annotated[str, typer.Option(help="Text in front of each input, for --pair.")] = "",
     more: More = None,
 ) -> None:
     """Tokenize a corpus into PREFIX.bin and PREFIX.idx, which appear together when whole."""
     from lmscale.config.data import TokenizerConfig
     from lmscale.data.encode import encode_corpus
-    from lmscale.data.sentences import SentenceSplitter
 
     config = TokenizerConfig(type=tokenizer_type.value, path=tokenizer)
-    splitter = None if sentences is None else SentenceSplitter(sentences.value, language)
-    result = encode_corpus([*input, *(more or [])], config, output, workers, json_key, strict, splitter=splitter)
+    reader = _reader(json_key, sentences, language, pair, task_prefix)
+    result = encode_corpus([*input, *(more or [])], config, output, workers, reader, strict)
     manifest = result.manifest
     typer.echo(
         f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
@@ -117,6 +124,29 @@ def tokenize(
     )
     for reason, count in manifest.skipped.items():
         typer.echo(f"skipped {count:,}: {reason}", err=True)
+
+
+def _reader(
+    json_key: str, sentences: SentenceKind | None, language: str | None, pair: tuple[str, str] | None, task_prefix: str
+) -> Reader:
+    from lmscale.data.readers import PairReader, TextReader
+    from lmscale.data.sentences import SentenceSplitter
+    from lmscale.errors import ConfigError
+
+    if language is not None and sentences is not SentenceKind.SPLIT:
+        raise ConfigError("is read with --sentences split only", field="--language", value=language)
+    if pair is None:
+        if task_prefix:
+            raise ConfigError("is read with --pair only", field="--task-prefix", value=task_prefix)
+        splitter = None if sentences is None else SentenceSplitter(sentences.value, language or "en")
+        return TextReader(json_key, splitter)
+    if sentences is not None:
+        raise ConfigError("pairs are not divided into sentences", field="--sentences", value=sentences.value)
+    if json_key != "text":
+        raise ConfigError("is not read with --pair, which names its keys", field="--json-key", value=json_key)
+    if pair[0] == pair[1]:
+        raise ConfigError("names one key twice: input and target are two", field="--pair", value=" ".join(pair))
+    return PairReader(*pair, task_prefix)
 
 
 @data_app.command("inspect")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lmscale.config.io import documentation, load_run, show
 from lmscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lmscale.launcher.compose import Placement
+    from lmscale.launcher.validate import LaunchPlan
 
 
 def train(
@@ -34,6 +38,23 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check everything, print the command and the resolved config, start nothing."),
     ] = False,
+    device_type: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: device whose memory the plan is held against, as of lmscale plan. Left out: this host's."
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(help="Starts after a failure (status 1 or 76), in a row without a new checkpoint in between."),
+    ] = 0,
+    elastic: Annotated[
+        bool,
+        typer.Option("--elastic", help="Restart on fewer ranks where some were lost, as far as the layout allows."),
+    ] = False,
+    min_devices: Annotated[
+        int | None, typer.Option(help="With --elastic: ranks that a restart must have, on all hosts together.")
+    ] = None,
     help_config: Annotated[
         bool, typer.Option("--help-config", help="Describe every key of a config and exit.")
     ] = False,
@@ -41,7 +62,8 @@ def train(
     """Check a run, start its ranks and stay with them to the end.
 
     Mistakes are found before any rank starts. TERM and Ctrl-C finish the step, save and exit with 75; a second Ctrl-C
-    kills. USR1 saves and goes on.
+    kills. USR1 saves and goes on. A hang ends with 76, naming the rank that the others wait for. With --max-restarts a run
+    that failed is started again from its newest good checkpoint.
     """
     if help_config:
         _print_documentation()
@@ -49,23 +71,46 @@ def train(
     if run is None:
         raise ConfigError("is missing", field="RUN.yaml", remedy="see lmscale train --help")
     from lmscale.launcher.compose import compose, place
-    from lmscale.launcher.start import resolved_config_path, start
+    from lmscale.launcher.restarts import check_policy, keep_running
+    from lmscale.launcher.start import resolved_config_path
     from lmscale.launcher.validate import validate_run
 
     config = load_run(run, overrides or ())
     if deepspeed_config is not None:
         config = config.model_copy(update={"deepspeed": deepspeed_config})
     placement = place(launcher, devices, hostfile)
+    policy = check_policy(max_restarts, elastic, min_devices, placement)
     plan = validate_run(config, placement.num_ranks)
     command = compose(plan, placement, resolved_config_path(plan))
+    if device_type is not None and not dry_run:
+        raise ConfigError("is read with --dry-run only", field="--device-type", value=device_type)
     if dry_run:
         typer.echo(command.show())
+        _print_memory(plan, placement, device_type)
         typer.echo(show(plan.config), nl=False)
         return 0
-    outcome = start(plan, command)
+    outcome = keep_running(plan, placement, policy)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")
     return outcome.status
+
+
+def _print_memory(plan: LaunchPlan, placement: Placement, type_name: str | None) -> None:
+    """Print the plan's bytes as a comment before the config, and warn where they are more than the device has."""
+    from lmscale.launcher.capacity import device_capacity
+    from lmscale.plan.run_memory import chosen_layout, memory_line, size
+    from lmscale.plan.search import fullest_stage
+
+    capacity = device_capacity(placement, type_name)
+    is_cpu = capacity.is_cpu if capacity is not None else not placement.cuda_devices and not placement.hosts
+    layout = chosen_layout(plan.config, plan.zero, plan.dp_size, device_type="cpu" if is_cpu else "cuda")
+    stage, memory = fullest_stage(plan.config, layout)
+    typer.echo("# " + memory_line(memory, stage, layout.step.pp_size))
+    if capacity is not None and memory.total > capacity.num_bytes:
+        sys.stderr.write(
+            f"warning: it will not fit: a device needs {size(memory.total)} by the plan, and {capacity.name} has "
+            f"{size(capacity.num_bytes)} for tensors; lmscale plan finds layouts that fit\n"
+        )
 
 
 def doctor(

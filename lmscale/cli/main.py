@@ -22,13 +22,21 @@ class _Entry(NamedTuple):
 
 COMMANDS: dict[str, _Entry] = {
     "train": _Entry("launch_commands", "train", "Check a run, start its ranks and stay with them to the end."),
+    "preview": _Entry("preview", "preview", "Show a run's rate, batch, length and tokens by step."),
+    "plan": _Entry("plan_commands", "plan", "Rank a run's layouts on some devices by memory and time."),
     "tokenizer": _Entry("data_commands", "tokenizer_app", "Train a tokenizer."),
     "tokenize": _Entry("data_commands", "tokenize", "Turn text into the token ids that training reads."),
     "data": _Entry("data_commands", "data_app", "Look into tokenized corpora."),
     "generate": _Entry("model_commands", "generate", "Write text with a checkpoint."),
     "evaluate": _Entry("model_commands", "evaluate", "Measure a checkpoint on held-out text."),
+    "checkpoint": _Entry("checkpoint_commands", "checkpoint_app", "List a run's checkpoints, verify and reshape them."),
     "import-hf": _Entry("convert_commands", "import_hf", "Make a checkpoint from a Hugging Face directory."),
     "export-hf": _Entry("convert_commands", "export_hf", "Make a Hugging Face directory from a checkpoint."),
+    "adapter": _Entry(
+        "adapter_commands",
+        "adapter_app",
+        "Compare methods; look at adaptations, merge, exchange.",
+    ),
     "verify": _Entry("model_commands", "verify", "Train a shrunk copy of a run on every legal layout and compare."),
     "doctor": _Entry("launch_commands", "doctor", "Show what this machine has and lacks for training."),
 }

@@ -7,11 +7,13 @@ parallelism, and rank 0 prints.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,17 +40,20 @@ Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's directory: its newest one.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. Left out: the GPU where there is one.")]
+Base = Annotated[
+    Path | None, typer.Option(metavar="BASE", help="Of an adaptation: its base's checkpoint. Left out: where it was.")
+]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="Left out: the run's.")]
 
 
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="The text to continue (gpt) or to complete: gaps are written <mask>, or <extra_id_0> ... (t5)."
         ),
-    ],
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Left out: 128, or what there is of the model's positions. Not read by bert and roberta."),
@@ -63,6 +68,25 @@ def generate(
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to P.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds, equal text. Left out: another text each time.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="An adaptation of the base CHECKPOINT. Repeatable. With --prompt, the text of each is written.",
+        ),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", metavar="FILE.jsonl", help='Prompts in the place of --prompt: {"prompt": ..., "adapter": NAME}.'
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="With --input: where to write. Left out: stdout.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --input: prompts computed at a time.")] = 32,
+    slots: Annotated[int, typer.Option(min=1, help="Adaptations in memory at a time.")] = 64,
+    base: Base = None,
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> None:
@@ -74,11 +98,70 @@ def generate(
     """
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = {name: value for name, value in {**options, "seed": seed}.items() if value is not None}
-    with _opened(checkpoint, device, precision) as model:
-        lines = _candidates(model, prompt, options) if model.config.model.is_encoder_only else []
-        lines = [*model.generate(prompt, **options), *lines]
+    adapters = _named(adapter)
+    if prompt is None and input_file is None:
+        raise ConfigError("missing option '--prompt', or '--input'; see lmscale generate --help")
+    if prompt is not None and input_file is not None:
+        raise ConfigError("stands in the place of --prompt", field="--input", value=str(input_file), remedy="drop one")
+    if output is not None and input_file is None:
+        raise ConfigError("is read with --input only", field="--output", value=str(output), remedy="leave it out")
+    more = {"base": base, "adapters": adapters, "slots": slots} if adapters else {"base": base}
+    if input_file is not None:
+        _answer_file(checkpoint, device, precision, more, input_file, output, batch_size, options)
+        return
+    assert prompt is not None
+    with _opened(checkpoint, device, precision, **more) as model:
+        lines = _candidates(model, prompt, options) if model.config.model.is_encoder_only and not adapters else []
+        if len(adapters) > 1:
+            texts = model.generate([prompt] * len(adapters), adapters=list(adapters), **options)
+            lines = [f"{name}: {text}" for name, text in zip(adapters, texts, strict=True)]
+        else:
+            chosen = {"adapters": next(iter(adapters))} if adapters else {}
+            lines = [*model.generate(prompt, **options, **chosen), *lines]
     if _is_first_rank():
         typer.echo("\n".join(lines))
+
+
+def _named(adapter: list[str] | None) -> dict[str, str]:
+    """Read NAME=PATH options."""
+    named: dict[str, str] = {}
+    for one in adapter or ():
+        name, equals, path = one.partition("=")
+        if not (name and equals and path):
+            raise ConfigError("must be NAME=PATH", field="--adapter", value=one)
+        if name in named:
+            raise ConfigError("names two adaptations", field="--adapter", value=name)
+        named[name] = path
+    return named
+
+
+def _answer_file(
+    checkpoint: Path,
+    device: str | None,
+    precision: Precision | None,
+    more: dict[str, Any],
+    input_file: Path,
+    output: Path | None,
+    batch_size: int,
+    options: dict[str, Any],
+) -> None:
+    """Write a JSON line for each of a file's prompts, as they are done."""
+    import json
+
+    if not input_file.is_file():
+        raise ConfigError("does not exist", field="--input", value=str(input_file))
+    with _opened(checkpoint, device, precision, **more) as model, contextlib.ExitStack() as stack:
+        from lmscale.evaluate.prompt_file import answer, read_requests
+
+        answers = answer(model, read_requests(input_file), batch_size, options)
+        lines = (json.dumps(keys, ensure_ascii=False) + "\n" for keys in answers)
+        first = next(lines)  # what is wrong shows before a file is made
+        write: Callable[[str], Any] = functools.partial(typer.echo, nl=False)
+        if output is not None and _is_first_rank():
+            write = stack.enter_context(output.open("w", encoding="utf-8")).write
+        for line in itertools.chain([first], lines):
+            if _is_first_rank():
+                write(line)
 
 
 def evaluate(
@@ -108,6 +191,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Samples read at a time. Left out: the run's micro batch.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    base: Base = None,
     device: Device = None,
     precision: PrecisionOption = None,
 ) -> None:
@@ -118,14 +202,14 @@ def evaluate(
                 "is not read with --lm-eval", field="--data", value=data[0], remedy="leave one of them out"
             )
         tasks = [task for task in lm_eval.split(",") if task]
-        results = _run_tasks(checkpoint, device, precision, tasks, tasks_dir, limit, num_fewshot, batch_size)
+        results = _run_tasks(checkpoint, device, precision, base, tasks, tasks_dir, limit, num_fewshot, batch_size)
         if _is_first_rank():
             _print_results(results, as_json)
         return
     for name, value in (("--tasks-dir", tasks_dir), ("--limit", limit), ("--num-fewshot", num_fewshot)):
         if value is not None:
             raise ConfigError("is read with --lm-eval only", field=name, value=str(value), remedy="leave it out")
-    with _opened(checkpoint, device, precision) as model:
+    with _opened(checkpoint, device, precision, base=base) as model:
         from lmscale.evaluate.perplexity import measure_corpus
 
         prefixes = data or [source.prefix for source in model.config.data.valid]
@@ -175,7 +259,9 @@ def verify(
 
 
 @contextlib.contextmanager
-def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -> Iterator[TrainedModel]:
+def _opened(
+    checkpoint: Path, device: str | None, precision: Precision | None, **options: Any
+) -> Iterator[TrainedModel]:
     """Load a model, and leave its process groups at the end."""
     if not checkpoint.is_dir():
         raise CheckpointError("does not exist", field="checkpoint", value=str(checkpoint))
@@ -190,7 +276,7 @@ def _opened(checkpoint: Path, device: str | None, precision: Precision | None) -
 
         setup_logging(int(os.environ.get("RANK", "0")))
         get_logger("lmscale").setLevel(logging.WARNING)
-        model = load(checkpoint, device, precision and precision.value)
+        model = load(checkpoint, device, precision and precision.value, **options)
     yield model
     close_topology()
 
@@ -232,6 +318,7 @@ def _run_tasks(
     checkpoint: Path,
     device: str | None,
     precision: Precision | None,
+    base: Path | None,
     tasks: list[str],
     tasks_dir: Path | None,
     limit: float | None,
@@ -247,7 +334,7 @@ def _run_tasks(
         raise ConfigError(rule, field="--lm-eval", remedy="pip install lmscale[eval]")
     if tasks_dir is not None and not tasks_dir.is_dir():
         raise ConfigError("is not a directory", field="--tasks-dir", value=str(tasks_dir))
-    with _opened(checkpoint, device, precision) as model:
+    with _opened(checkpoint, device, precision, base=base) as model:
         from lmscale.evaluate.lm_eval import run_tasks
 
         return run_tasks(

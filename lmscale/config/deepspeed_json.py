@@ -99,6 +99,7 @@ def resolve_deepspeed(keys: dict[str, Any], config: RunConfig, dp_size: int) -> 
     return {
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
+        "zero_force_ds_cpu_optimizer": False,  # SGD and Lion update in host memory too
         **theirs,
         **ours,
         "gradient_clipping": config.optim.max_grad_norm if stage else 0.0,
@@ -241,6 +242,14 @@ def _zero_choice(keys: dict[str, Any]) -> ZeroChoice:
         stage=int(_get(keys, "zero_optimization.stage") or 0),
         offload_optimizer=_get(keys, "zero_optimization.offload_optimizer.device") == "cpu",
         offload_param=_get(keys, "zero_optimization.offload_param.device") == "cpu",
+        **{
+            name: int(value)
+            for name, key in (
+                ("reduce_bucket", "reduce_bucket_size"),
+                ("live_parameters", "stage3_max_live_parameters"),
+            )
+            if (value := _get(keys, f"zero_optimization.{key}")) is not None
+        },
     )
 
 

@@ -59,7 +59,11 @@ _TOP_LEVEL = (
     _tested("bf16", "section", "agrees with precision"),
     _tested("data_types", "section", "types of accumulation buffers"),
     _tested("zero_allow_untested_optimizer", "bool", "always true: the optimizers are lmscale's"),
-    _passed("zero_force_ds_cpu_optimizer", "bool", "with optimizer offload, insist on DeepSpeed's CPU Adam"),
+    _passed(
+        "zero_force_ds_cpu_optimizer",
+        "bool",
+        "with optimizer offload, insist on DeepSpeed's CPU Adam; false unless given",
+    ),
     _passed("communication_data_type", "str", "type in which gradients are reduced"),
     _passed("prescale_gradients", "bool", "divide gradients before they are summed over the ranks"),
     _passed("gradient_predivide_factor", "float", "with prescale_gradients, the part divided beforehand"),

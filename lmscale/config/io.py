@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from lmscale.config.base import Section, branches
-from lmscale.config.objective import OBJECTIVE_OF
+from lmscale.config.checkpoint_paths import resolve_checkpoint, tokenizer_copy
+from lmscale.config.objective import OBJECTIVES_OF
 from lmscale.config.presets import with_defaults
 from lmscale.config.run import RunConfig
-from lmscale.config.validation import config_error
+from lmscale.config.validation import config_error, kind_key
 from lmscale.errors import ConfigError
 
 
@@ -41,7 +42,8 @@ def parse_run(keys: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(str(error).split("\n")[0], field="config") from None
     model = resolved.get("model")
     if isinstance(model, dict):
-        resolved["model"] = with_defaults(model)
+        _take_from_checkpoint(resolved, model)
+        resolved["model"] = with_defaults(resolved["model"])
         resolved["objective"] = _objective(resolved.get("objective"), resolved["model"])
     try:
         return RunConfig.model_validate(resolved)
@@ -49,11 +51,26 @@ def parse_run(keys: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         raise config_error(error, RunConfig) from None
 
 
+def _take_from_checkpoint(resolved: dict[str, Any], model: dict[str, Any]) -> None:
+    """Where model names no size of its own, lay that of init_from's config under it, and its tokenizer under the run's."""
+    source = model.get("init_from")
+    if not isinstance(source, str) or {"preset", "num_layers", "hidden_size"} & model.keys():
+        return
+    checkpoint = resolve_checkpoint(Path(source))
+    there = _read_yaml(checkpoint / "config.yaml")
+    resolved["model"] = {**there["model"], "preset": None, **model}
+    if resolved.get("tokenizer") is None and there.get("tokenizer") is not None:
+        resolved["tokenizer"] = {
+            **there["tokenizer"],
+            "path": str(tokenizer_copy(checkpoint, there["tokenizer"]["path"])),
+        }
+
+
 def _objective(given: Any, model: dict[str, Any]) -> Any:
     """Name the architecture's objective where the config names none."""
     if given is not None and not isinstance(given, dict):
         return given
-    name = OBJECTIVE_OF.get(str(model.get("architecture", "gpt")), "causal_lm")
+    name = OBJECTIVES_OF.get(str(model.get("architecture", "gpt")), ("causal_lm",))[0]
     return {"name": name, **(given or {})}
 
 
@@ -75,7 +92,7 @@ def documentation(section: type[Section] = RunConfig, prefix: str = "") -> Itera
             yield key, "section" if "list" not in str(field.annotation) else "list", "", _one_line(field.description)
             separator = "[]." if "list" in str(field.annotation) else "."
             for branch in nested:
-                kind = f"{branch.model_fields['name'].default}. " if len(nested) > 1 else ""
+                kind = f"{branch.model_fields[kind_key(branch)].default}. " if len(nested) > 1 else ""
                 for row in documentation(branch, key + separator):
                     yield *row[:3], kind + row[3]
             continue

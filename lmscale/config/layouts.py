@@ -64,10 +64,10 @@ RULES: tuple[LayoutRule, ...] = (
         "use ZeRO 3, or offload_optimizer only",
     ),
     LayoutRule(
-        "optimizer offload with an optimizer other than adamw",
-        lambda l: l.offload_optimizer and l.optimizer != "adamw",
-        "DeepSpeed's CPU optimizer is Adam",
-        "use optim.name = adamw, or no offload_optimizer",
+        "optimizer offload with adafactor or muon",
+        lambda l: l.offload_optimizer and l.optimizer in ("adafactor", "muon"),
+        "they look at whole matrices, whose parts the ranks would have to exchange from host memory",
+        "use optim.name = adamw, adam, sgd or lion, or no offload_optimizer",
     ),
 )
 

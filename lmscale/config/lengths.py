@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from lmscale.config.data import DataConfig
 from lmscale.config.objective import (
@@ -11,6 +12,7 @@ from lmscale.config.objective import (
     ObjectiveConfig,
     RobertaConfig,
     T5Config,
+    TextToTextConfig,
     max_predictions,
 )
 from lmscale.errors import ConfigError
@@ -19,6 +21,7 @@ NUM_ENDS = 2
 """Special tokens around the text of a sample of RoBERTa and BART."""
 NUM_PAIR_ENDS = 3
 """Special tokens of a pair of segments: one before, one behind each."""
+_LEAST_HALF = 2
 NUM_SENTINELS = 100
 """Sentinels of a tokenizer, and so the most spans in a sample of t5."""
 
@@ -58,21 +61,27 @@ def sample_lengths(data: DataConfig, objective: ObjectiveConfig) -> SampleLength
     if isinstance(objective, BertConfig):
         _at_least(length, NUM_PAIR_ENDS + 2, "two segments of one token and three special tokens")
         return SampleLengths(length - NUM_PAIR_ENDS, length, 0, max_predictions(objective, length))
+    if isinstance(objective, TextToTextConfig):
+        decoder = decoder or length
+        _at_least(length, _LEAST_HALF, "an input of one token and its end")
+        _at_least(decoder, _LEAST_HALF, "a target of one token and its end", "data.decoder_seq_length")
+        return SampleLengths(length + decoder, length, decoder, decoder)
     _at_least(length, NUM_ENDS + 1, "one token and two special tokens")
     if isinstance(objective, RobertaConfig):
         return SampleLengths(length - NUM_ENDS, length, 0, max_predictions(objective, length))
     if not isinstance(objective, T5Config):
         decoder = decoder or length
+        _at_least(decoder, NUM_ENDS + 1, "one token and two special tokens", "data.decoder_seq_length")
         return SampleLengths(min(length, decoder) - NUM_ENDS, length, decoder, decoder)
     if objective.noise == "spans":
         raw, targets = span_lengths(length, objective.density, objective.mean_span)
         _check_spans(raw, objective)
     elif objective.noise == "iid":
-        raw, targets = length - 1, length * 3 // 8
+        raw, targets = length - 1, iid_targets(length - 1, objective.density)
     else:
         raw, targets = length - 1, length
     decoder = decoder or targets
-    if decoder < targets and objective.noise != "iid":
+    if decoder < targets:
         raise ConfigError(
             f"must be at least {targets}, the targets that {length} tokens of input leave",
             field="data.decoder_seq_length",
@@ -80,6 +89,18 @@ def sample_lengths(data: DataConfig, objective: ObjectiveConfig) -> SampleLength
             remedy="leave it out",
         )
     return SampleLengths(raw, length, decoder, decoder)
+
+
+def task_lengths(data: DataConfig, has_decoder_stack: bool) -> SampleLengths:
+    """Say how long the rows of a task are: what the decoder reads, and where that is left out, as long as the input."""
+    decoder = (data.decoder_seq_length or data.seq_length) if has_decoder_stack else 0
+    return SampleLengths(data.seq_length, data.seq_length, decoder, decoder or data.seq_length)
+
+
+def behind_prompt(lengths: SampleLengths, prompt_length: int, objective: ObjectiveConfig) -> SampleLengths:
+    """Add the vectors of a trained prompt, which stand before what the model, or its encoder, sees of a sample."""
+    labels = lengths.labels + (prompt_length if isinstance(objective, CausalLMConfig) else 0)
+    return replace(lengths, encoder=lengths.encoder + prompt_length, labels=labels)
 
 
 def noised_lengths(raw: int, density: float, mean_span: float) -> tuple[int, int, int, int]:
@@ -102,12 +123,25 @@ def span_lengths(inputs: int, density: float, mean_span: float) -> tuple[int, in
     out one longer than inputs: one token less is taken.
     """
     raw = inputs
+    while raw > 1 and noised_lengths(raw, density, mean_span)[2] > inputs:
+        raw -= 1
     while noised_lengths(raw + 1, density, mean_span)[2] <= inputs:
         raw += 1
     targets = noised_lengths(raw, density, mean_span)[3]
     if density == 0.5 and targets > inputs:
         return raw - 1, targets - 1
     return raw, targets
+
+
+def iid_targets(raw: int, density: float) -> int:
+    """Return the length of the targets of `raw` tokens under i.i.d. noise: one in 10^8 texts has more than that.
+
+    Noise tokens are raw density in the mean, sentinels raw density (1 - density), and an end comes behind them; of each
+    the mean, and three standard deviations of the noise for either.
+    """
+    deviation = math.sqrt(raw * density * (1 - density))
+    most = raw * density * (2 - density) + 6 * deviation + 1
+    return min(math.ceil(most), raw + (raw + 1) // 2 + 1)
 
 
 def _check_spans(raw: int, objective: T5Config) -> None:
@@ -120,6 +154,6 @@ def _check_spans(raw: int, objective: T5Config) -> None:
         )
 
 
-def _at_least(length: int, least: int, what: str) -> None:
+def _at_least(length: int, least: int, what: str, field: str = "data.seq_length") -> None:
     if length < least:
-        raise ConfigError(f"must hold {what}: at least {least}", field="data.seq_length", value=length)
+        raise ConfigError(f"must hold {what}: at least {least}", field=field, value=length)

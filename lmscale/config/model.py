@@ -19,15 +19,19 @@ Architecture = Literal["gpt", "bert", "roberta", "bart", "t5"]
 class InitConfig(Section):
     """How parameters are drawn. The same seed gives the same weights on every layout."""
 
+    scheme: Literal["normal", "truncated_normal", "small", "fan_in", "glorot_normal", "glorot_uniform", "t5"] = "normal"
+    """Of matrices of o outputs and i inputs, N(mean, standard deviation): normal: N(0, std), which with residual: scaled is
+    GPT-2's, GPT-3's and Megatron's; truncated_normal: the same, drawn again beyond two std (BERT); small:
+    N(0, sqrt(2 / (5 hidden_size))); fan_in: N(0, sqrt(1 / i)); glorot_normal: N(0, sqrt(2 / (i + o))); glorot_uniform:
+    U(-a, a), a = sqrt(6 / (i + o)); t5: fan_in, queries smaller by sqrt(head_dim), embeddings N(0, 1)."""
     std: float = Field(0.02, gt=0)
-    """Standard deviation of the normal distribution for weights and embeddings."""
+    """Standard deviation of weights and embeddings; read with scheme: normal and truncated_normal only."""
+    residual: Literal["scaled", "wang", "none"] = "scaled"
+    """The projections that feed the residual stream, two in each layer (three with cross attention): scaled: the scheme's
+    standard deviation divided by sqrt(2 num_layers) (GPT-2); wang: 2 / (num_layers sqrt(hidden_size)) in its place; none:
+    as other matrices."""
     position_std: float | None = Field(None, gt=0)
-    """Standard deviation for learned position embeddings; left out, the same as std."""
-    scaled_residual: bool = True
-    """Divide std by sqrt(2 num_layers) for the two projections that feed the residual stream in each layer."""
-    scheme: Literal["normal", "truncated_normal", "t5"] = "normal"
-    """normal: N(0, std); truncated_normal: the same, drawn again beyond two std (BERT); t5: each matrix by its own fan-in,
-    embeddings N(0, 1), and std is not read."""
+    """Standard deviation for learned position embeddings; left out, as other embeddings."""
 
 
 class ModelConfig(Section):
@@ -40,11 +44,11 @@ class ModelConfig(Section):
     architecture: Architecture = "gpt"
     """gpt: decoder-only, causal; bert, roberta: encoder-only; bart, t5: encoder and decoder. It sets the defaults of the
     keys below to those of its paper; a key that is given overrides them."""
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     """Transformer layers; of the encoder and of the decoder each, for bart and t5."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=1_000_000)
     """Width of the residual stream."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=100_000)
     """Query heads."""
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Width of the feed-forward layer (of each half, with swiglu); left out, 4 hidden_size."""
@@ -52,7 +56,7 @@ class ModelConfig(Section):
     """Key/value heads (grouped-query attention); left out, one for each query head."""
     head_dim: int | None = Field(None, gt=0)
     """Width of a head; left out, hidden_size / num_attention_heads."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=100_000_000)
     """Entries of the tokenizer, special ids included. The table is padded to a multiple of 128 rows; padded rows never
     take part in the softmax."""
     max_position_embeddings: int = Field(2048, gt=0)
@@ -68,7 +72,8 @@ class ModelConfig(Section):
     relative_buckets: int = Field(32, gt=3)
     """Buckets of distances; read with position_embedding: relative only."""
     relative_max_distance: int = Field(128, gt=0)
-    """Distance from which on all share the last bucket; read with position_embedding: relative only."""
+    """Distance from which on all share the last bucket, above relative_buckets / 2; read with position_embedding: relative
+    only."""
     token_types: int = Field(0, ge=0)
     """Rows of the table of token types (BERT's segments), added to the word embedding; 0: none."""
     embedding_norm: bool = False

@@ -70,8 +70,8 @@ class BartConfig(Section):
     """spans: of words, of Poisson length (text infilling); words: single ones; tokens: single ones."""
     masked_share: Share = 0.3
     """Share of the words (tokens) that is noised."""
-    span_lambda: float = Field(3.0, gt=0)
-    """Mean length of spans, in words."""
+    span_lambda: float = Field(3.0, gt=0, le=64)
+    """Mean length of spans, in words; their table of lengths ends at 127."""
     replacement: Literal["one", "each", "none"] = "one"
     """What a noised span becomes: one mask, a mask for each of its tokens, or nothing (deletion)."""
     random_share: Share = 0.0
@@ -107,6 +107,19 @@ class T5Config(Section):
     """tokens: the loss is a mean over target tokens; padded: over all places of the targets, as the original divides."""
 
 
+class TextToTextConfig(Section):
+    """The target of an example from its input."""
+
+    name: Literal["text_to_text"] = "text_to_text"
+    """text_to_text: the target of an example from its input; corpora of lmscale tokenize --pair."""
+    packed: bool = True
+    """Put as many examples into a sample as fit, which do not see each other; false: one in each."""
+    z_loss: float = Field(1.0e-4, ge=0)
+    """As of t5."""
+    loss_denominator: Literal["tokens", "padded"] = "tokens"
+    """As of t5."""
+
+
 def _name(section: Any) -> str:
     """Tell which of the classes a mapping, or an object, is of."""
     return str(section.get("name", "causal_lm") if isinstance(section, dict) else getattr(section, "name", ""))
@@ -117,18 +130,30 @@ ObjectiveConfig = Annotated[
     | Annotated[BertConfig, Tag("bert")]
     | Annotated[RobertaConfig, Tag("roberta")]
     | Annotated[BartConfig, Tag("bart")]
-    | Annotated[T5Config, Tag("t5")],
+    | Annotated[T5Config, Tag("t5")]
+    | Annotated[TextToTextConfig, Tag("text_to_text")],
     Discriminator(_name),
 ]
 
-OBJECTIVE_OF = {"gpt": "causal_lm", "bert": "bert", "roberta": "roberta", "bart": "bart", "t5": "t5"}
-"""The objective of each architecture, which is its default."""
+OBJECTIVES_OF = {
+    "gpt": ("causal_lm",),
+    "bert": ("bert",),
+    "roberta": ("roberta",),
+    "bart": ("bart",),
+    "t5": ("t5", "text_to_text"),
+}
+"""The objectives of each architecture, its default first."""
 
 
 def default_objective(architecture: str) -> ObjectiveConfig:
     """Return an architecture's own objective, as its paper set it."""
     kinds = (CausalLMConfig, BertConfig, RobertaConfig, BartConfig, T5Config)
-    return next(kind() for kind in kinds if kind.model_fields["name"].default == OBJECTIVE_OF[architecture])
+    return next(kind() for kind in kinds if kind.model_fields["name"].default == OBJECTIVES_OF[architecture][0])
+
+
+def is_packed(objective: ObjectiveConfig) -> bool:
+    """Tell whether samples hold several examples of inputs and targets."""
+    return isinstance(objective, TextToTextConfig) and objective.packed
 
 
 def max_predictions(objective: BertConfig | RobertaConfig, seq_length: int) -> int:

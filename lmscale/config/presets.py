@@ -84,15 +84,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "token_types": 2,
         "norm_eps": 1.0e-12,
         "next_sentence_head": True,
-        "init": {"scheme": "truncated_normal", "scaled_residual": False},
+        "init": {"scheme": "truncated_normal", "residual": "none"},
     },
     "roberta": {
         **_POST_NORM,
         "token_types": 1,
         "position_offset": 2,
-        "init": {"scheme": "truncated_normal", "scaled_residual": False},
+        "init": {"residual": "none"},
     },
-    "bart": {**_POST_NORM, "position_offset": 2, "init": {"scaled_residual": False}},
+    "bart": {**_POST_NORM, "position_offset": 2, "init": {"residual": "none"}},
     "t5": {
         "position_embedding": "relative",
         "normalization": "rmsnorm",
@@ -104,7 +104,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "hidden_dropout": 0.1,
         "attention_dropout": 0.1,
         "ffn_dropout": 0.1,
-        "init": {"scheme": "t5", "scaled_residual": False},
+        "init": {"scheme": "t5", "residual": "none"},
     },
 }
 """What `model.architecture` sets, under preset and given keys."""

@@ -30,8 +30,12 @@ def config_error(error: ValidationError, model: type[BaseModel], prefix: str = "
     if finding["type"].startswith("union_tag"):
         names = [name.strip().strip("'") for name in str(finding["ctx"].get("expected_tags", "")).split(",")]
         value = finding["ctx"].get("tag")
+        key = "method" if path[-1] == "adapt" else "name"
         return ConfigError(
-            "is not one of its kinds", field=prefix + f"{path[-1]}.name", value=value, remedy=nearest(str(value), names)
+            "is not one of its kinds",
+            field=prefix + f"{path[-1]}.{key}",
+            value=value,
+            remedy=nearest(str(value), names),
         )
     shown, section = _walk(model, path)
     field = prefix + ".".join(shown)
@@ -71,7 +75,26 @@ def _walk(model: type[BaseModel], path: list[Any]) -> tuple[list[str], type[Base
             if isinstance(branch, type) and issubclass(branch, BaseModel)
         ]
         kinds = (
-            {str(section.model_fields["name"].default): section for section in sections} if len(sections) > 1 else {}
+            {str(section.model_fields[kind_key(section)].default): section for section in sections}
+            if len(sections) > 1
+            else {}
         )
         model = sections[0] if sections else model
     return shown, model
+
+
+def kind_key(section: type[BaseModel]) -> str:
+    """Return the key by which a section of one of several kinds tells which it is."""
+    return "method" if "method" in section.model_fields else "name"
+
+
+def check_divides(field: str, value: int, divisor: int, divisor_name: str) -> None:
+    """Check that a value is a multiple of another.
+
+    Raises:
+        ConfigError: naming the nearest multiples.
+    """
+    if value % divisor:
+        lower = value // divisor * divisor
+        nearest = f"{lower} or {lower + divisor}" if lower else str(divisor)
+        raise ConfigError(f"must be a multiple of {divisor_name}", field=field, value=value, remedy=f"use {nearest}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lmscale.config.checkpoint_paths import resolve_checkpoint
 from lmscale.config.io import load_run
 from lmscale.config.model import ModelConfig
 from lmscale.config.objective import CausalLMConfig
@@ -26,7 +27,7 @@ from lmscale.convert.shapes import logical_shape
 from lmscale.convert.tokenizer_files import SPECIAL, copy_to_hf, special_ids
 from lmscale.data.tokenizer import MODEL_FILE, SentencePieceTokenizer, sentencepiece_file
 from lmscale.errors import CheckpointError, ConversionError
-from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader, resolve_checkpoint
+from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader
 
 _NOT_COMPARED = {"preset", "init", "init_from", "ffn_hidden_size", "num_query_groups", "head_dim"}
 _RESOLVED = ("ffn_size", "query_groups", "head_size")
@@ -43,7 +44,7 @@ def export_hf(checkpoint: Path, target: Path, precision: str = "fp32") -> Conver
     Raises:
         CheckpointError: if there is no whole checkpoint.
         ConversionError: if transformers has no architecture for the model, or the target exists.
-        RunError: if the directory cannot be written.
+        OutputError: if the directory cannot be written.
     """
     check_free(target)
     path = resolve_checkpoint(checkpoint)

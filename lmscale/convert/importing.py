@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from lmscale.config.check import CROSS_SECTION_RULES
 from lmscale.config.io import parse_run, show
 from lmscale.config.model import VOCAB_MULTIPLE, ModelConfig
-from lmscale.config.run import CROSS_SECTION_RULES, RunConfig
+from lmscale.config.run import RunConfig
 from lmscale.convert.family import Family
 from lmscale.convert.hf_config import HfConfig
 from lmscale.convert.hf_directory import HfDirectory

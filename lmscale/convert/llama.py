@@ -60,7 +60,7 @@ def to_model(hf: HfConfig, weights: Weights) -> dict[str, Any]:
         "linear_bias": bias,
         "tied_head": hf.only("tie_word_embeddings", False, True),
         "attention_dropout": hf.get("attention_dropout", 0.0) or 0.0,
-        "init": {"std": hf.get("initializer_range", 0.02), "scaled_residual": False},
+        "init": {"std": hf.get("initializer_range", 0.02), "residual": "none"},
     }
 
 
@@ -72,12 +72,16 @@ def _rope_theta(hf: HfConfig) -> float:
     """
     for key in ("rope_parameters", "rope_scaling"):
         rope = hf.get(key, None) or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in _PLAIN_ROPE:
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else "unknown"
+        if kind not in _PLAIN_ROPE or (kind is None and isinstance(rope, dict) and "factor" in rope):
             raise hf.wrong(key, "stretched rope is not built in lmscale: only the type 'default'")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise hf.wrong(key, "lmscale rotates whole heads: partial_rotary_factor must be 1.0")
     rope = hf.get("rope_parameters", None) or {}
-    return float(rope.get("rope_theta") or hf.get("rope_theta", None) or 10000.0)
+    theta = rope.get("rope_theta") or hf.get("rope_theta", None) or 10000.0
+    if not isinstance(theta, int | float):
+        raise hf.wrong("rope_theta", "must be a number")
+    return float(theta)
 
 
 def to_hf(model: ModelConfig, ids: Ids) -> dict[str, Any]:

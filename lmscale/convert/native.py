@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from lmscale.train.checkpoint_reader import FORMAT, PARAMETER, Piece
+from lmscale.train.base import BaseModel
+from lmscale.train.checkpoint_files import PARAMETER, Piece, StoredFile, seal
 from lmscale.train.progress import Progress
+from lmscale.train.tensor_file import write_tensors
 
 _FILE_VALUES = 2**28 - 2**18
 """fp32 values in a file: 1 GiB, less a mebibyte for the header."""
@@ -32,6 +33,7 @@ class NativeWriter:
         self._tensors: dict[str, torch.Tensor] = {}
         self._pieces: list[Piece] = []
         self._num_files = 0
+        self._written: dict[str, StoredFile] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Store a logical tensor."""
@@ -42,19 +44,23 @@ class NativeWriter:
                 self._write()
             self._hold(name, tuple(tensor.shape), start, part)
 
-    def finish(self, config_yaml: str) -> None:
-        """Write what is left, the config and the manifest; the tokenizer's copy must be there already."""
+    def finish(self, config_yaml: str, base: BaseModel | None = None) -> None:
+        """Write what is left, the config and the manifest; the tokenizer's copy must be there already.
+
+        Args:
+            config_yaml: the config.
+            base: of an adaptation, whose trained tensors alone were stored.
+        """
         self._write()
         (self._directory / "config.yaml").write_text(config_yaml)
-        manifest = {
-            "format": FORMAT,
+        fields = {
             "progress": asdict(Progress()),
             "optimizer": {"name": "none", "step": 0},
             "loss_scaler": None,
             "layout": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "zero_stage": 0},
-            "files": {path.name: path.stat().st_size for path in sorted(self._directory.iterdir()) if path.is_file()},
+            "base": None if base is None else {"path": str(base.path), "weights_hash": base.weights_hash},
         }
-        (self._directory / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        seal(self._directory, fields, self._written)
 
     def _hold(self, name: str, shape: tuple[int, ...], start: int, part: torch.Tensor) -> None:
         key = f"{PARAMETER}/{name}"
@@ -79,6 +85,8 @@ class NativeWriter:
         if not self._tensors:
             return
         file = self._directory / self._pieces[0].file
-        save_file(self._tensors, file)
+        shapes = {key: (part.numel(),) for key, part in self._tensors.items()}
+        written = write_tensors(file, shapes, self._tensors.values())
+        self._written[file.name] = StoredFile(written.num_bytes, written.sha256)
         file.with_suffix(".json").write_text(json.dumps([asdict(piece) for piece in self._pieces]))
         self._tensors, self._pieces, self._num_files = {}, [], self._num_files + 1

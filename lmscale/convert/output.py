@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lmscale.errors import ConversionError, RunError
+from lmscale.errors import ConversionError, OutputError
 
 
 def check_free(target: Path) -> None:
@@ -31,7 +31,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         ConversionError: if the target exists.
-        RunError: if it cannot be written.
+        OutputError: if it cannot be written.
     """
     check_free(target)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
@@ -45,7 +45,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         partial.rename(target)
         _flush(target.parent)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot be written: {error}", field=str(target)) from None
+        raise OutputError(f"cannot be written: {error}", field=str(target)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -41,7 +41,7 @@ class Blocks:
 
     def __init__(self, part: Part, raw: int, keep_ends: bool):
         self.corpus, self.raw = part.corpus, raw
-        self._part, self._keeps_ends = part, keep_ends
+        self.part, self._keeps_ends = part, keep_ends
         self._num_tokens = int(self._offsets[-1])
         self._size = self._num_tokens // raw + (self._num_tokens % raw >= _LEAST)
         if self._size == 0 or self._num_tokens < _LEAST:
@@ -54,7 +54,7 @@ class Blocks:
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
         """The first of the tokens that are read of each document, counted from 0, and the end: [documents + 1]."""
-        part = self._part
+        part = self.part
         return part.offsets - part.offsets[0] if self._keeps_ends else part.text_offsets
 
     def num_samples(self, epoch: int = 0) -> int:
@@ -71,7 +71,7 @@ class Blocks:
         lengths = np.minimum(self.raw, self._num_tokens - starts)
         if self._keeps_ends:
             lengths -= self._ends_document(starts + lengths) & (lengths > 1)
-            places = starts[:, None] + np.arange(self.raw) + self._part.offsets[0]
+            places = starts[:, None] + np.arange(self.raw) + self.part.offsets[0]
         else:
             places = self._places(starts)
         return Samples(gather(self.corpus.tokens, places, lengths), lengths, None, keys)
@@ -79,7 +79,7 @@ class Blocks:
     def _ends_document(self, behind: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Tell whether the token in front of each place is a document's end."""
         found = self._offsets[np.searchsorted(self._offsets, behind)] == behind
-        return found if self._part.has_ends else np.zeros_like(found)
+        return found if self.part.has_ends else np.zeros_like(found)
 
     def _places(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Turn places in the text, [n], into places in the corpus of r tokens from there, [n, r].
@@ -87,7 +87,7 @@ class Blocks:
         The shift from one to the other grows by the documents' ends on the way: it is looked up at the start, and
         summed over the borders in the block, which are few.
         """
-        text, file = self._offsets, self._part.offsets
+        text, file = self._offsets, self.part.offsets
         first = np.searchsorted(text, starts, side="right") - 1
         counts = np.searchsorted(text, starts + self.raw - 1, side="right") - 1 - first
         rows = np.repeat(np.arange(len(starts)), counts)
@@ -126,7 +126,7 @@ class SentenceBlocks:
     def __init__(self, part: Part, raw: int, packing: SentencePacking):
         part.check_sentences(f"objective.packing: {packing}")
         self.corpus, self.raw = part.corpus, raw
-        self._part, self._packing = part, packing
+        self.part, self._packing = part, packing
 
     @cached_property
     def _blocks(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -138,13 +138,13 @@ class SentenceBlocks:
         following = np.searchsorted(ends, starts + self.raw, side="right")
         if self._packing == "doc_sentences":
             following = np.minimum(following, np.searchsorted(documents, documents, side="right"))
-        first = _chain(following)
+        first = chain(following)
         last = np.append(first[1:], len(starts)) - 1
         return starts[first], ends[last] - starts[first]
 
     def _pieces(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Cut the sentences that are too long: starts, ends and documents, int64 [pieces] each."""
-        found = self._part.sentences()
+        found = self.part.sentences()
         counts = -(-(found.ends - found.starts) // self.raw)
         if counts.max() == 1:
             return found.starts, found.ends, found.documents
@@ -168,8 +168,12 @@ class SentenceBlocks:
         return Samples(gather(self.corpus.tokens, places, lengths), lengths, None, keys)
 
 
-def _chain(following: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Follow 0 -> following[0] -> ... to the end, and list where that came by."""
+def chain(following: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Follow 0 -> following[0] -> ... to the end, and list where that came by.
+
+    Args:
+        following: int64 [n], each above its own place; n and above is the end.
+    """
     # A memoryview gives its elements some times as fast as an array.
     steps, places = following.data, array("q")
     place, end = 0, len(following)

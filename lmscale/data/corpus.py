@@ -186,21 +186,35 @@ def parse_record(record: Record, json_key: str = "text") -> str | Skipped:
         record: as `read_records` yields it.
         json_key: the key of the text in a JSON line.
     """
+    texts = parse_texts(record, (json_key,))
+    return texts if isinstance(texts, Skipped) else texts[0]
+
+
+def parse_texts(record: Record, json_keys: tuple[str, ...]) -> tuple[str, ...] | Skipped:
+    """Decode a record to its texts, or say why one of them is not there.
+
+    Args:
+        record: as `read_records` yields it; that of a whole file has one text.
+        json_keys: the keys of the texts in a JSON line.
+    """
     try:
-        text: Any = record.data.decode("utf-8")
+        text = record.data.decode("utf-8")
     except UnicodeDecodeError:
         return Skipped(record.path, record.line, "invalid UTF-8")
+    texts: tuple[Any, ...] = (text,)
     if record.line is not None:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError):
             return Skipped(record.path, record.line, "broken JSON")
-        text = document.get(json_key) if isinstance(document, dict) else None
-        if not isinstance(text, str):
-            return Skipped(record.path, record.line, f"no string under the key {json_key!r}")
-        if b"\\u" in record.data and not _is_encodable(text):
+        found = [document.get(key) if isinstance(document, dict) else None for key in json_keys]
+        for key, value in zip(json_keys, found, strict=True):
+            if not isinstance(value, str):
+                return Skipped(record.path, record.line, f"no string under the key {key!r}")
+        texts = tuple(found)
+        if b"\\u" in record.data and not all(map(_is_encodable, texts)):
             return Skipped(record.path, record.line, "a lone surrogate, which is no text")
-    return text if text else Skipped(record.path, record.line, "an empty document", broken=False)
+    return texts if all(texts) else Skipped(record.path, record.line, "an empty document", broken=False)
 
 
 def _is_encodable(text: str) -> bool:

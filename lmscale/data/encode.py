@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.data.corpus import Record, Skipped, SkipReport, expand_inputs, parse_record, read_records
+from lmscale.data.corpus import Record, Skipped, SkipReport, expand_inputs, read_records
 from lmscale.data.index_file import dtype_for
 from lmscale.data.manifest import Manifest
-from lmscale.data.sentences import SentenceSplitter
+from lmscale.data.readers import Reader, TextReader
 from lmscale.data.tokenizer import Tokenizer, document_end_id, load_tokenizer, open_tokenizer
 from lmscale.data.writer import CorpusWriter
 from lmscale.errors import DataError, RunError
@@ -65,34 +65,29 @@ class _Encoder:
     """Encodes chunks; each worker holds one."""
 
     tokenizer: Tokenizer
-    json_key: str
+    reader: Reader
     end_id: int | None
-    splitter: SentenceSplitter | None
 
     def __call__(self, records: list[Record]) -> _Encoded:
-        parsed = [parse_record(record, self.json_key) for record in records]
-        ids, counts = self._encode([text for text in parsed if isinstance(text, str)])
+        read = [self.reader(record) for record in records]
+        ids, counts = self._encode([sequences for sequences in read if not isinstance(sequences, Skipped)])
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         dtype = dtype_for(self.tokenizer.vocab_size)
         tokens = np.fromiter(itertools.chain.from_iterable(ids), dtype, int(lengths.sum(dtype=np.int64)))
-        skipped = [found for found in parsed if isinstance(found, Skipped)]
+        skipped = [found for found in read if isinstance(found, Skipped)]
         return _Encoded(tokens.tobytes(), lengths, np.array(counts, np.int32), skipped)
 
-    def _encode(self, texts: list[str]) -> tuple[list[list[int]], list[int]]:
-        """Return the ids of each sentence, and the number of sentences of each document."""
-        divided = [[text] if self.splitter is None else self.splitter(text) for text in texts]
-        encoded = iter(self.tokenizer.encode_batch(list(itertools.chain.from_iterable(divided))))
+    def _encode(self, documents: list[list[str]]) -> tuple[list[list[int]], list[int]]:
+        """Return the ids of each sequence, and the number of sequences of each document."""
+        encoded = iter(self.tokenizer.encode_batch(list(itertools.chain.from_iterable(documents))))
         ids: list[list[int]] = []
         counts = []
-        for sentences in divided:
-            document = list(itertools.islice(encoded, len(sentences)))
-            if self.splitter is not None:
-                # A tokenizer that drops white space makes nothing of some.
-                document = [sentence for sentence in document if sentence] or document[:1]
+        for texts in documents:
+            sequences = self.reader.finish(list(itertools.islice(encoded, len(texts))))
             if self.end_id is not None:
-                document[-1].append(self.end_id)
-            ids += document
-            counts.append(len(document))
+                sequences[-1].append(self.end_id)
+            ids += sequences
+            counts.append(len(sequences))
         return ids, counts
 
 
@@ -101,10 +96,9 @@ def encode_corpus(
     tokenizer_config: TokenizerConfig,
     output_prefix: str | Path,
     workers: int | None = None,
-    json_key: str = "text",
+    reader: Reader | None = None,
     strict: bool = False,
     append_eod: bool = True,
-    splitter: SentenceSplitter | None = None,
 ) -> EncodeResult:
     """Tokenize a corpus into PREFIX.bin, PREFIX.idx and PREFIX.json, which appear together, when whole.
 
@@ -117,14 +111,14 @@ def encode_corpus(
         output_prefix: the output; a former corpus there is replaced at the end.
         workers: processes that encode, this one included; None takes one for each CPU that this process may use.
             More than one needs what multiprocessing's "spawn" needs: a script guards its main.
-        json_key: the key of the text in JSON lines.
+        reader: makes the sequences of each document; None makes one, of the JSON key "text".
         strict: stop at a broken line, in the place of skipping and counting it.
-        append_eod: put the tokenizer's eos id, or its sep id where it has no eos, behind each document.
-        splitter: makes a sequence of each sentence, the document end in the last; None makes one of each document.
+        append_eod: put the tokenizer's eos id, or its sep id where it has no eos, behind the last sequence of a document.
 
     Raises:
         DataError: if the input or the tokenizer cannot be used, or no document is left.
-        RunError: if the output cannot be written, or a worker dies.
+        OutputError: if the output cannot be written.
+        RunError: if a worker dies.
     """
     began = time.perf_counter()
     tokenizer = load_tokenizer(tokenizer_config)
@@ -133,7 +127,7 @@ def encode_corpus(
         raise DataError("has no eos id to end documents with", field="tokenizer", value=tokenizer_config.path)
     paths = expand_inputs(inputs)
     report = SkipReport(strict)
-    encoder = _Encoder(tokenizer, json_key, end_id, splitter)
+    encoder = _Encoder(tokenizer, reader or TextReader(), end_id)
     with (
         CorpusWriter(output_prefix, dtype_for(tokenizer.vocab_size)) as writer,
         _mapper(workers or len(os.sched_getaffinity(0)), encoder, tokenizer_config) as encode,
@@ -159,7 +153,7 @@ def _manifest(encoder: _Encoder, writer: CorpusWriter, report: SkipReport, idx_s
         skipped=dict(report.counts),
         idx_sha256=idx_sha256,
         bin_bytes=bin_bytes,
-        sentences=None if encoder.splitter is None else encoder.splitter.mode,
+        sentences=encoder.reader.division,
     )
 
 
@@ -190,7 +184,7 @@ def _mapper(workers: int, encoder: _Encoder, config: TokenizerConfig) -> Iterato
         workers - 1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(config.type, config.path, encoder.json_key, encoder.end_id, encoder.splitter),
+        initargs=(config.type, config.path, encoder.reader, encoder.end_id),
     )
     try:
         yield lambda chunks: _shared(pool, encoder, chunks, (workers - 1) * _CHUNKS_AHEAD)
@@ -226,12 +220,12 @@ def _shared(
 _worker_encoder: _Encoder
 
 
-def _start_worker(kind: str, path: str, json_key: str, end_id: int | None, splitter: SentenceSplitter | None) -> None:
+def _start_worker(kind: str, path: str, reader: Reader, end_id: int | None) -> None:
     """Load the tokenizer, leave Ctrl-C to the parent, and die with it."""
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_encoder = _Encoder(open_tokenizer(kind, path), json_key, end_id, splitter)
+    _worker_encoder = _Encoder(open_tokenizer(kind, path), reader, end_id)
 
 
 def _exit_with_parent() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscale.data.index_file import bin_path, idx_path, read_index
-from lmscale.data.manifest import Manifest, read_manifest, sha256_of_file
+from lmscale.data.manifest import PAIRS, Manifest, read_manifest, sha256_of_file
 from lmscale.data.tokenizer import padded_sizes
 from lmscale.errors import DataError
 
@@ -63,6 +63,13 @@ class IndexedCorpus:
         """Whether documents are divided into sentences."""
         told = self.manifest is not None and self.manifest.sentences is not None
         return told or self.num_sentences > self.num_documents
+
+    @cached_property
+    def has_pairs(self) -> bool:
+        """Whether each document is an input and a target: by the manifest, or by there being two sequences in each."""
+        if self.manifest is not None:
+            return self.manifest.sentences == PAIRS
+        return bool((np.diff(self.document_sentences) == 2).all())
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+PAIRS = "pairs"
+"""In the place of a way to find sentences: each document is an input and a target."""
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -28,7 +31,7 @@ class Manifest:
     """Of the .idx that this belongs to."""
     bin_bytes: int
     sentences: str | None = None
-    """How documents were divided into sentences: split or lines; None where each document is one sequence."""
+    """How documents were divided: into sentences by split or lines, or into pairs; None where each is one sequence."""
 
     def to_json(self) -> str:
         """Render as the content of the file."""

@@ -16,6 +16,7 @@ from lmscale.errors import DataError
 
 _SITE_DOCUMENT, _SITE_FRONT_A, _SITE_FRONT_B = 101, 102, 103
 _TRIES = 10
+_LEAST_DOCUMENTS = 2
 _KEPT_EPOCHS = 2
 _DOCUMENTS_AT_ONCE = 1 << 17
 """Bounds the memory that cutting takes, at some 500 bytes each."""
@@ -82,12 +83,14 @@ class SentencePairs:
         self.period = static_copies or None
         self._sizes: dict[int, int] = {}
         self._epochs: dict[int, _Epoch] = {}
-        if part.num_documents < 2:
-            raise self._too_few(part.num_documents)
+        num_with_text = int((np.diff(part.text_offsets) > 0).sum())
+        if num_with_text < _LEAST_DOCUMENTS:
+            raise self._too_few(num_with_text)
 
     def _too_few(self, count: int) -> DataError:
+        documents = "document" if count == 1 else "documents"
         return DataError(
-            f"{self._part.name} has {count} document with text, and a random segment B is taken from another",
+            f"{self._part.name} has {count} {documents} with text, and a random segment B is taken from another",
             field=self.corpus.prefix,
             remedy="give two documents or more, or another data.split",
         )

@@ -74,7 +74,7 @@ class Part:
         Raises:
             DataError: if there are none.
         """
-        if not self.corpus.has_sentences:
+        if not self.corpus.has_sentences or self.corpus.has_pairs:
             raise DataError(
                 f"its documents are not divided into sentences, which {reader} is made of",
                 field=self.corpus.prefix,
@@ -82,6 +82,22 @@ class Part:
             )
         num_tokens = int(self.offsets[-1] - self.offsets[0])
         if num_tokens <= self.num_documents * self.has_ends:
+            raise self.without_text()
+
+    def check_pairs(self) -> None:
+        """Check that each document is a pair of sequences, an input and a target.
+
+        Raises:
+            DataError: if one is not.
+        """
+        sequences = np.diff(self.corpus.document_sentences[self.first : self.behind + 1])
+        if not self.corpus.has_pairs or (sequences != 2).any():
+            raise DataError(
+                "its documents are not pairs of an input and a target, which objective text_to_text is made of",
+                field=self.corpus.prefix,
+                remedy="make it again: lmscale tokenize --pair INPUT_KEY TARGET_KEY",
+            )
+        if self.num_documents == 0:
             raise self.without_text()
 
     def without_text(self) -> DataError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class Samples:
             for any number of ranks and workers.
         first_lengths: int64 [n], tokens of segment A, which come first; segment B has the others. None but for bert.
         is_random_next: bool [n], whether segment B was taken from another document. None but for bert.
+        is_target: bool [n, r], whether a token belongs to the target of its example, whose number document_ids has. None
+            but for text_to_text.
     """
 
     tokens: NDArray[np.int64]
@@ -32,6 +34,12 @@ class Samples:
     keys: NDArray[np.int64]
     first_lengths: NDArray[np.int64] | None = None
     is_random_next: NDArray[np.bool_] | None = None
+    is_target: NDArray[np.bool_] | None = None
+
+    def cut(self, size: int) -> Samples:
+        """Return the first `size` tokens of each sample, its keys unchanged; of windows, which have no segments."""
+        ids = None if self.document_ids is None else self.document_ids[:, :size]
+        return replace(self, tokens=self.tokens[:, :size], lengths=np.minimum(self.lengths, size), document_ids=ids)
 
 
 def gather(

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscale.config.lengths import SampleLengths
-from lmscale.config.objective import BartConfig, BertConfig, ObjectiveConfig, RobertaConfig
+from lmscale.config.objective import BartConfig, BertConfig, ObjectiveConfig, RobertaConfig, TextToTextConfig
 from lmscale.data.blocks import Blocks, SentenceBlocks
+from lmscale.data.examples import Examples
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.pairs import SentencePairs
 from lmscale.data.part import Part
@@ -55,6 +56,8 @@ def build_source(
         if objective.packing == "blocks":
             return Blocks(part, lengths.raw, keep_ends=True)
         return SentenceBlocks(part, lengths.raw, objective.packing)
+    if isinstance(objective, TextToTextConfig):
+        return Examples(part, lengths, objective.packed)
     if objective.name == "t5":
         return Blocks(part, lengths.raw, keep_ends=False)
     return Windows(part.corpus, (part.first, part.behind), lengths.raw - 1, part.name, isolate)

@@ -187,9 +187,11 @@ class HfTokenizer:
         self.content_hash = hash_hf_files(path)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # broken files raise whatever the code that reads them happens to
             raise DataError(
-                f"transformers finds no tokenizer: {error}", field="tokenizer.path", value=str(path)
+                f"transformers finds no tokenizer: {type(error).__name__}: {error}",
+                field="tokenizer.path",
+                value=str(path),
             ) from None
         # Otherwise a document that spells a special token would inject it.
         self._tokenizer.split_special_tokens = True

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from lmscale.data.corpus import SkipReport, read_documents
 from lmscale.data.tokenizer import MODEL_FILE, NUM_SENTINELS, SentencePieceTokenizer
-from lmscale.errors import DataError, RunError
+from lmscale.errors import DataError, OutputError
 
 # sentencepiece passes over sentences of more than 4,192 bytes, and a character has at most 4.
 _PASSAGE = re.compile(r".{1,1000}(?<=\n)|.{1,1000}", re.DOTALL)
@@ -67,7 +67,7 @@ def train_tokenizer(
     Raises:
         DataError: if the corpus is missing, broken under `strict`, or cannot fill the vocabulary, or if the
             vocabulary has no room for the characters.
-        RunError: if the model cannot be written.
+        OutputError: if the model cannot be written.
     """
     import sentencepiece
 
@@ -176,4 +176,4 @@ def _write(directory: Path, content: bytes) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror}", field=str(directory)) from None
+        raise OutputError(f"cannot be written: {error.strerror}", field=str(directory)) from None

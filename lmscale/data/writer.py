@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lmscale.data.index_file import bin_path, idx_path, write_index
 from lmscale.data.manifest import Manifest, manifest_path, sha256_of_file
-from lmscale.errors import DataError, RunError
+from lmscale.errors import DataError, OutputError
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -34,7 +34,7 @@ class CorpusWriter:
 
     Raises:
         DataError: if another process writes to the prefix.
-        RunError: here and in each method, if the disk is full or cannot be written.
+        OutputError: here and in each method, if the disk is full or cannot be written.
     """
 
     def __init__(self, prefix: str | Path, dtype: type[np.integer[Any]]):
@@ -123,7 +123,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         rule = "the disk is full" if error.errno in _DISK_FULL else f"cannot be written: {error.strerror}"
         remedy = "nothing was kept; free some space or choose another --output"
-        raise RunError(rule, field=str(path), remedy=remedy) from None
+        raise OutputError(rule, field=str(path), remedy=remedy) from None
 
 
 def _write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -77,13 +77,21 @@ def pad_right(sequences: Sequence[Sequence[int]], device: torch.device, pad_id: 
     return Padded(tokens.to(device), positions.to(device), document_ids.to(device))
 
 
-def check_sequences(sequences: Sequence[Sequence[int]], model: ModelConfig, num_new: int = 0) -> None:
+def check_sequences(
+    sequences: Sequence[Sequence[int]], model: ModelConfig, num_new: int = 0, taken: Sequence[int] | None = None
+) -> None:
     """Check that a model can read sequences and write num_new tokens behind each.
+
+    Args:
+        sequences: token ids.
+        model: the architecture.
+        num_new: tokens to be written.
+        taken: positions of each sequence that an adaptation's prefix or prompt has.
 
     Raises:
         ConfigError: if one is empty, has an id outside the vocabulary, or is too long; with relative positions none is.
     """
-    for ids in sequences:
+    for ids, used in zip(sequences, taken or [0] * len(sequences), strict=True):
         if not ids:
             raise ConfigError("holds no token", field="text", remedy="give at least one character")
         wrong = next((number for number in ids if not 0 <= number < model.vocab_size), None)
@@ -91,10 +99,11 @@ def check_sequences(sequences: Sequence[Sequence[int]], model: ModelConfig, num_
             rule = f"is outside the model's vocabulary of {model.vocab_size}"
             raise ConfigError(rule, field="token id", value=wrong, remedy="use the tokenizer of the model's run")
         has_limit = model.position_embedding != "relative"
-        if has_limit and len(ids) + num_new > model.max_position_embeddings:
+        if has_limit and used + len(ids) + num_new > model.max_position_embeddings:
             new = f" and {num_new} new ones are" if num_new else ", which is"
+            own = f" behind {used} of the adaptation" if used else ""
             raise ConfigError(
-                f"{len(ids)} tokens{new} more than model.max_position_embeddings = {model.max_position_embeddings}",
+                f"{len(ids)} tokens{own}{new} more than model.max_position_embeddings = {model.max_position_embeddings}",
                 field="text",
                 remedy="shorten the text" + (" or ask for fewer new tokens" if num_new else ""),
             )

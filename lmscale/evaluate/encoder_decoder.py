@@ -13,7 +13,7 @@ from lmscale import batch as fields
 from lmscale.errors import ConfigError
 from lmscale.evaluate.batches import Padded, check_sequences, pad_right
 from lmscale.evaluate.marks import encode_marked, fill_spans, marks_of
-from lmscale.evaluate.model import DEFAULT_NEW_TOKENS, IsEnd, Prompts, Score, TrainedModel, cached, scores_of
+from lmscale.evaluate.model import DEFAULT_NEW_TOKENS, Adapters, IsEnd, Prompts, Score, TrainedModel, cached, scores_of
 from lmscale.evaluate.sampling import Sampler, Sampling
 
 
@@ -40,6 +40,7 @@ class EncoderDecoderModel(TrainedModel):
         top_p: float | None = None,
         seed: int | None = None,
         stop_at_eos: bool = True,
+        adapters: Adapters = None,
     ) -> list[str]:
         """Write what the decoder makes of each prompt.
 
@@ -51,6 +52,8 @@ class EncoderDecoderModel(TrainedModel):
             top_p: draw among the fewest likeliest tokens whose probabilities add up to it.
             seed: equal seeds, equal text.
             stop_at_eos: end a text where the model ends it.
+            adapters: the adaptation of each prompt by its name, None for the base, or one for all; of those that `load`
+                was given.
 
         Returns:
             The decoder's texts, without the prompts; where a prompt holds sentinels, the prompt with what the decoder
@@ -62,7 +65,8 @@ class EncoderDecoderModel(TrainedModel):
         """
         ids = self.encode(prompts)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        new = self.generate_ids(ids, max_new_tokens, sampling, self.special_id("eos") if stop_at_eos else None)
+        with self.using(adapters, len(ids)):
+            new = self.generate_ids(ids, max_new_tokens, sampling, self.special_id("eos") if stop_at_eos else None)
         sentinels = self.tokenizer.sentinel_ids
         rows = zip(ids, new, strict=True)
         filled = [fill_spans(old, out, sentinels) if set(sentinels) & set(old) else out for old, out in rows]
@@ -91,7 +95,7 @@ class EncoderDecoderModel(TrainedModel):
         """
         if not sources:
             return []
-        num_new = self._room(max_new_tokens)
+        num_new = self._room(max_new_tokens, len(sources))
         encoder = self._sources(sources)
         start = self._start
         decoder = pad_right([start] * len(sources), self.device)
@@ -108,16 +112,17 @@ class EncoderDecoderModel(TrainedModel):
         with cached(self.module, capacity=len(start) + num_new - 1):
             return self._write(read, num_new, sampler, stop_id, is_end)
 
-    def _room(self, max_new_tokens: int | None) -> int:
+    def _room(self, max_new_tokens: int | None, num_rows: int) -> int:
         """Return how many tokens are to be written."""
         model, start = self.config.model, self._start
+        taken = max(self._prefix_lengths(num_rows))
         if max_new_tokens is None:
             max_new_tokens = DEFAULT_NEW_TOKENS
             if model.position_embedding != "relative":
-                max_new_tokens = max(1, min(max_new_tokens, model.max_position_embeddings - len(start)))
+                max_new_tokens = max(1, min(max_new_tokens, model.max_position_embeddings - taken - len(start)))
         if max_new_tokens < 1:
             raise ConfigError("must be at least 1", field="max_new_tokens", value=max_new_tokens)
-        check_sequences([start], model, max_new_tokens)
+        check_sequences([start], model, max_new_tokens, [taken])
         return max_new_tokens
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -143,7 +148,8 @@ class EncoderDecoderModel(TrainedModel):
             raise ConfigError(rule, field="targets", value=len(pairs[1]), remedy="give one target for each source")
         # The last token of a target is not read.
         read, unread = [[*self._start, *ids[:-1]] for ids in pairs[1]], [ids[-1:] for ids in pairs[1] if ids]
-        check_sequences([*read, *unread], self.config.model)
+        check_sequences(read, self.config.model, taken=self._prefix_lengths(len(read)))
+        check_sequences(unread, self.config.model)
         scores: list[Score] = []
         for first in range(0, len(pairs[0]), batch_size):
             scores += self._scores(*(part[first : first + batch_size] for part in pairs))
@@ -199,7 +205,7 @@ class EncoderDecoderModel(TrainedModel):
         """Check texts and put them between the encoder's special tokens, as a batch."""
         first = [] if self.config.model.architecture == "t5" else [self.special_id("bos")]
         sequences = [[*first, *ids, self.special_id("eos")] for ids in sources]
-        check_sequences(sequences, self.config.model)
+        check_sequences(sequences, self.config.model, taken=self._taken(len(sequences)))
         return pad_right(sequences, self.device, self.tokenizer.pad_id or 0)
 
     def _encoded(self, encoder: Padded, decoder: Padded) -> torch.Tensor:
@@ -213,15 +219,22 @@ class EncoderDecoderModel(TrainedModel):
         return out
 
     def _both(self, entering: torch.Tensor, encoder: Padded, decoder: Padded) -> tuple[torch.Tensor, ...]:
-        return self._packed(
-            **{
-                fields.TOKENS.name: entering,
+        found = self._with_prompts(
+            {
+                fields.TOKENS.name: encoder.tokens,
                 fields.DOCUMENT_IDS.name: encoder.document_ids,
                 fields.POSITIONS.name: encoder.positions,
+            }
+        )
+        if entering is not encoder.tokens:
+            found[fields.TOKENS.name] = entering
+        return self._packed(
+            **found,
+            **{
                 fields.DECODER_TOKENS.name: decoder.tokens,
                 fields.DECODER_DOCUMENT_IDS.name: decoder.document_ids,
                 fields.DECODER_POSITIONS.name: decoder.positions,
-            }
+            },
         )
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:

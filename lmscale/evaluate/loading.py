@@ -12,10 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lmscale.adapt.registry import adapted_specs
+from lmscale.config.adapt import num_adaptations, prefix_length, prompt_length
+from lmscale.config.check import CROSS_SECTION_RULES
+from lmscale.config.checkpoint_paths import tokenizer_copy
 from lmscale.config.data import TokenizerConfig
 from lmscale.config.io import load_run
 from lmscale.config.parallel import ParallelConfig
-from lmscale.config.run import CROSS_SECTION_RULES, RunConfig
+from lmscale.config.run import RunConfig
 from lmscale.errors import CheckpointError, ConfigError
 from lmscale.models.build import SequentialModel, build_model, model_specs
 from lmscale.models.context import ModelContext, build_context
@@ -23,8 +27,11 @@ from lmscale.models.loss import LanguageModelLoss
 from lmscale.models.transformer_config import build_transformer_config
 from lmscale.parallel.seeds import WeightInit
 from lmscale.parallel.topology import Topology, init_topology
+from lmscale.plan.adaptation import Adaptation, head_of
+from lmscale.plan.names import Shape
+from lmscale.train.adapted import StoredAdaptation, check_same_tensors, name_in_base
 from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader
-from lmscale.train.fragments import LogicalTensor, logical_tensor
+from lmscale.train.fragments import logical_tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,8 +42,8 @@ def read_config(checkpoint: Path) -> RunConfig:
     copy = checkpoint / "tokenizer"
     if config.tokenizer is None or not copy.is_dir():
         return config
-    file = copy / Path(config.tokenizer.path).name
-    tokenizer = TokenizerConfig(type=config.tokenizer.type, path=str(file if file.is_file() else copy))
+    path = str(tokenizer_copy(checkpoint, config.tokenizer.path))
+    tokenizer = TokenizerConfig(type=config.tokenizer.type, path=path)
     return config.model_copy(update={"tokenizer": tokenizer})
 
 
@@ -81,7 +88,12 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def build_module(
-    reader: CheckpointReader, config: RunConfig, topology: Topology, precision: str
+    reader: CheckpointReader,
+    config: RunConfig,
+    topology: Topology,
+    precision: str,
+    stored: StoredAdaptation | None = None,
+    has_prompts: bool = False,
 ) -> tuple[SequentialModel, ModelContext]:
     """Build this rank's slice of a checkpoint's model, in eval mode.
 
@@ -93,6 +105,8 @@ def build_module(
         config: its config.
         topology: all ranks tensor-parallel.
         precision: fp32, bf16 or fp16.
+        stored: an adaptation, of which `reader` is the base.
+        has_prompts: put prompt_places on the wire of a base too, for adaptations that come later.
 
     Raises:
         CheckpointError: if the checkpoint's tensors are not those of its config.
@@ -100,6 +114,7 @@ def build_module(
     if precision not in DTYPES:
         raise ConfigError(f"must be one of {', '.join(DTYPES)}", field="precision", value=precision)
     blank = _Blank(config.train.seed)
+    adaptation = stored.adaptation if stored is not None else Adaptation(config.model, head=head_of(config))
     context = replace(
         build_context(
             config.model,
@@ -108,14 +123,19 @@ def build_module(
             objective=config.objective,
             isolates_documents=True,
             packs_examples=True,
+            prompt_length=max(prompt_length(adaptation.adapt), int(has_prompts)),
+            prefix_length=prefix_length(adaptation.adapt),
+            num_adaptations=num_adaptations(adaptation.adapt),
+            head=adaptation.head,
         ),
         weights=blank,
         transformer=build_transformer_config(config.model, blank, topology.tp_size, sequence_parallel=False),
     )
-    module = build_model(model_specs(context), context, LanguageModelLoss(context), pipeline=False)
+    specs = adapted_specs(model_specs(context), context, adaptation.adapt)
+    module = build_model(specs, context, LanguageModelLoss(context), pipeline=False)
     assert isinstance(module, SequentialModel)
     module.to(DTYPES[precision]).eval()
-    _fill(module, reader, topology)
+    _fill(module, reader, topology, stored)
     return module, context
 
 
@@ -125,25 +145,41 @@ class _Blank(WeightInit):
     def normal(self, std: float, truncated: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda tensor: tensor
 
+    def uniform(self, bound: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: tensor
+
 
 @torch.no_grad()
-def _fill(module: SequentialModel, reader: CheckpointReader, topology: Topology) -> None:
+def _fill(
+    module: SequentialModel, reader: CheckpointReader, topology: Topology, stored: StoredAdaptation | None
+) -> None:
+    tp_rank, tp_size, in_base = topology.tp_rank, topology.tp_size, reader.shapes()
     described = {
-        name: logical_tensor(module, name, parameter, topology.tp_size) for name, parameter in module.named_parameters()
+        name: logical_tensor(module, name, parameter, tp_size) for name, parameter in module.named_parameters()
     }
-    _check_same_tensors(reader, list(described.values()))
+    _check_shapes(reader, stored, {tensor.name: tensor.shape for tensor in described.values()})
     for name, parameter in module.named_parameters():
-        values = reader.fragment(PARAMETER, described[name], topology.tp_rank, topology.tp_size, 0, parameter.numel())
+        tensor = described[name]
+        if stored is not None and tensor.name in stored.shapes:
+            values = stored.slice_of(tensor, tp_rank, tp_size)
+        else:
+            tensor = replace(tensor, name=name_in_base(tensor.name, in_base))
+            values = reader.fragment(PARAMETER, tensor, tp_rank, tp_size, 0, parameter.numel())
         parameter.copy_(values.view(parameter.shape))
 
 
-def _check_same_tensors(reader: CheckpointReader, tensors: list[LogicalTensor]) -> None:
-    stored, mine = reader.shapes(), {tensor.name: tensor.shape for tensor in tensors}
-    for name in sorted(stored.keys() | mine.keys()):
-        if stored.get(name) != mine.get(name):
-            there, here = stored.get(name, "absent"), mine.get(name, "absent")
+def _check_shapes(reader: CheckpointReader, stored: StoredAdaptation | None, mine: dict[str, Shape]) -> None:
+    """Check that the files hold what the built model has: nothing more, but for a head that a task's replaces."""
+    if stored is None:
+        check_same_tensors(reader, mine)
+        return
+    in_base = reader.shapes()
+    for name, shape in sorted(mine.items()):
+        there = stored.shapes.get(name, in_base.get(name_in_base(name, in_base), "absent"))
+        if there != shape:
+            path = stored.reader.path if name in stored.shapes else reader.path
             raise CheckpointError(
-                f"{name} is {there} in its files and {here} by its config.yaml",
+                f"{name} is {there} in its files and {shape} by the config.yaml of {stored.reader.path}",
                 field="checkpoint",
-                value=str(reader.path),
+                value=str(path),
             )

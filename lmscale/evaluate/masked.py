@@ -14,7 +14,7 @@ from lmscale import batch as fields
 from lmscale.errors import ConfigError
 from lmscale.evaluate.batches import check_sequences, pad_right
 from lmscale.evaluate.marks import encode_marked
-from lmscale.evaluate.model import Prompts, TrainedModel
+from lmscale.evaluate.model import Adapters, Prompts, TrainedModel
 from lmscale.evaluate.sampling import Sampler, Sampling
 
 DEFAULT_CANDIDATES = 5
@@ -45,6 +45,7 @@ class MaskedModel(TrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        adapters: Adapters = None,
     ) -> list[str]:
         """Fill the masks of prompts.
 
@@ -54,6 +55,8 @@ class MaskedModel(TrainedModel):
             top_k: draw among the k likeliest tokens.
             top_p: draw among the fewest likeliest tokens whose probabilities add up to it.
             seed: equal seeds, equal text.
+            adapters: the adaptation of each prompt by its name, None for the base, or one for all; of those that `load`
+                was given.
 
         Returns:
             Each prompt with its masks filled.
@@ -67,7 +70,8 @@ class MaskedModel(TrainedModel):
         if not rows:
             return []
         places = [self._places(ids) for ids in rows]
-        logits = self._masked_logits(rows, places)
+        with self.using(adapters, len(rows)):
+            logits = self._masked_logits(rows, places)
         chosen = iter(self._agreed(sampler(logits)).tolist())
         for ids, gaps in zip(rows, places, strict=True):
             for place in gaps:
@@ -118,15 +122,13 @@ class MaskedModel(TrainedModel):
         Returns:
             fp32 [b, l, vocab_size], on every rank.
         """
-        packed = self._packed(
-            **{
-                fields.TOKENS.name: tokens,
-                fields.DOCUMENT_IDS.name: torch.zeros_like(tokens) if document_ids is None else document_ids,
-                fields.MASKED_POSITIONS.name: masked_positions,
-                fields.TOKEN_TYPES.name: torch.zeros_like(tokens) if token_types is None else token_types,
-            }
-        )
-        out = self.module(packed)
+        found = {
+            fields.TOKENS.name: tokens,
+            fields.DOCUMENT_IDS.name: torch.zeros_like(tokens) if document_ids is None else document_ids,
+            fields.MASKED_POSITIONS.name: masked_positions,
+            fields.TOKEN_TYPES.name: torch.zeros_like(tokens) if token_types is None else token_types,
+        }
+        out = self.module(self._packed(**self._with_prompts(found)))
         return self._gathered(out[0] if isinstance(out, tuple) else out)
 
     def _masked_logits(self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -134,7 +136,7 @@ class MaskedModel(TrainedModel):
         ends = ("cls", "sep") if self.config.model.architecture == "bert" else ("bos", "eos")
         first, last = (self.special_id(name) for name in ends)
         sequences = [[first, *ids, last] for ids in rows]
-        check_sequences(sequences, self.config.model)
+        check_sequences(sequences, self.config.model, taken=self._taken(len(sequences)))
         padded = pad_right(sequences, self.device, self.tokenizer.pad_id or 0)
         gaps = pad_right(places, self.device)
         logits = self.logits(padded.tokens, gaps.tokens + 1, padded.document_ids)

@@ -12,10 +12,13 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 import torch.distributed as dist
 
-from lmscale.batch import TOKENS
+from lmscale.adapt.table import AdapterTable
+from lmscale.batch import PROMPT_PLACES, TOKENS
+from lmscale.config.adapt import prefix_length, prompt_length
 from lmscale.config.run import RunConfig
 from lmscale.data.tokenizer import Tokenizer, load_tokenizer
 from lmscale.errors import ConfigError
+from lmscale.evaluate.fronts import Fields, put_in_front
 from lmscale.evaluate.sampling import Sampler
 from lmscale.models.attention import CoreAttention
 from lmscale.models.build import SequentialModel
@@ -27,6 +30,8 @@ DEFAULT_NEW_TOKENS = 128
 LOGITS_BYTES = 64 * 2**20
 """fp32 logits that are held at a time while a text is scored."""
 
+Adapters = str | Sequence[str | None] | None
+"""The adaptation of each row, or of all."""
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 IsEnd = Callable[[list[int]], bool]
 
@@ -53,7 +58,9 @@ class Score:
 
 
 class TrainedModel:
-    """A model in eval mode. Made by `lmscale.evaluate.inference.load`, which chooses the class by the architecture.
+    """A model, or an adaptation of one, in eval mode.
+
+    Made by `lmscale.evaluate.inference.load`, which chooses the class by the architecture.
 
     Under tensor parallelism each method is a collective over the model's ranks: all of them call it with the same
     arguments, and all get the same result. What an architecture cannot do raises a ConfigError.
@@ -62,10 +69,12 @@ class TrainedModel:
         module: the layers; the fields that `context.wire` names, int64, to logits [b, s, v/t].
         context: what the layers share; `context.topology.device` is where they are.
         config: of the run that trained the model.
+        table: of adaptations that rows choose from, where `load` was given some.
     """
 
     def __init__(self, module: SequentialModel, context: ModelContext, config: RunConfig):
         self.module, self.context, self.config = module, context, config
+        self.table: AdapterTable | None = None
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +127,65 @@ class TrainedModel:
         kind = self.config.model.architecture
         remedies |= {"roberta": remedies["bert"], "t5": remedies["bart"]}
         raise ConfigError(f"cannot {deed}", field="model.architecture", value=kind, remedy=remedies[kind])
+
+    def inputs_of(self, found: Fields) -> tuple[torch.Tensor, ...]:
+        """Put the fields of a batch on the wire, behind room for the adaptation's prompt where it has one.
+
+        Logits of a decoder-only model then have as many places more in front.
+        """
+        return self._packed(**(found if PROMPT_PLACES.name in found else self._with_prompts(found)))
+
+    # -- adaptations -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(self, adapters: Adapters, num_rows: int | None = None) -> Iterator[None]:
+        """Have each row of a batch computed with the adaptation that it names, inside the context.
+
+        Args:
+            adapters: a name for each row, None for the base; or one name for all. Left None, nothing changes.
+            num_rows: of the batch; to be given with one name for all.
+
+        Raises:
+            ConfigError: if a name is unknown, or there are not as many names as rows.
+        """
+        if adapters is None:
+            yield
+            return
+        names = [adapters] * (num_rows or 1) if isinstance(adapters, str) else list(adapters)
+        if num_rows is not None and len(names) != num_rows:
+            rule = f"there are {num_rows} prompts"
+            raise ConfigError(rule, field="adapters", value=len(names), remedy="name one for each, None for the base")
+        if self.table is None:
+            remedy = "lmscale.load(BASE, adapters={name: path})"
+            raise ConfigError(
+                "the model was loaded without adaptations", field="adapters", value=names[0], remedy=remedy
+            )
+        with self.table.using(names):
+            yield
+
+    def _prompt_lengths(self, num_rows: int) -> list[int]:
+        """Return the trained vectors that stand before the tokens of each row of a batch."""
+        if self.table is not None and self.table.is_in_use:
+            return self.table.prompt_lengths
+        return [prompt_length(self.config.adapt)] * num_rows
+
+    def _prefix_lengths(self, num_rows: int) -> list[int]:
+        """Return the trained keys before the first token of each row, from which positions count."""
+        if self.table is not None and self.table.is_in_use:
+            return self.table.prefix_lengths
+        return [prefix_length(self.config.adapt)] * num_rows
+
+    def _taken(self, num_rows: int) -> list[int]:
+        """Return the positions that an adaptation takes from each row's tokens."""
+        pairs = zip(self._prefix_lengths(num_rows), self._prompt_lengths(num_rows), strict=True)
+        return [prefix + prompt for prefix, prompt in pairs]
+
+    def _with_prompts(self, found: Fields) -> Fields:
+        """Make room for trained prompts in the fields of a batch, where the model reads them."""
+        if PROMPT_PLACES.name not in self.context.wire.carried:
+            return found
+        is_encoder_only = self.config.model.is_encoder_only
+        return put_in_front(found, self._prompt_lengths(len(found[TOKENS.name])), is_encoder_only)
 
     # -- for the classes of the architectures ------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ from lmscale.feed.dataset import SampleDataset, in_order
 from lmscale.feed.sources import open_whole
 from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
 from lmscale.models.loss import LanguageModelLoss
-from lmscale.models.wire import Wire
 from lmscale.objectives.base import Arrays, Vocabulary
 from lmscale.objectives.registry import build_objective
 
@@ -92,7 +91,7 @@ def measure_corpus(
 def _batches(model: TrainedModel, windows: Source, vocabulary: Vocabulary, size: int) -> Iterator[Arrays]:
     config = model.config
     blend = Blend([windows], [1.0], config.train.seed)
-    objective = build_objective(config.objective, config.lengths, vocabulary)
+    objective = build_objective(config.objective, config.text_lengths, vocabulary)
     dataset = SampleDataset(blend, in_order, objective, config.model.vocab_size)
     for first in range(0, windows.num_samples(), size):
         yield dataset.arrays(np.arange(first, min(first + size, windows.num_samples()), dtype=np.int64))
@@ -103,14 +102,17 @@ def _summed_loss(model: TrainedModel, batch: Arrays) -> float:
     """Sum the cross entropy of a batch's counted labels, in nats, the same on every rank."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in batch.items()}
     wire = model.context.wire
-    outputs = model.module(_inputs(tensors, wire))
+    num_labels = tensors[fields.LABELS.name].size(1)
+    outputs = model.module(model.inputs_of(_with_defaults(tensors)))
+    if isinstance(outputs, torch.Tensor):
+        outputs = outputs[:, -num_labels:]  # without the places of a trained prompt
     weight = torch.tensor([1.0, 0.0], device=model.device)  # of tokens; sentence pairs are left out
     labels = (*(tensors[name] for name in wire.label_names), weight)
     return float(LanguageModelLoss(model.context)(outputs, labels))
 
 
-def _inputs(tensors: dict[str, torch.Tensor], wire: Wire) -> tuple[torch.Tensor, ...]:
-    """Gather what the model reads; positions and documents are on its wire where the objective gives none, too."""
+def _with_defaults(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add what the objective does not give: positions and documents are on the model's wire always."""
     tokens = tensors[fields.TOKENS.name]
     decoder = tensors.get(fields.DECODER_TOKENS.name, tokens)
     defaults = {
@@ -118,5 +120,4 @@ def _inputs(tensors: dict[str, torch.Tensor], wire: Wire) -> tuple[torch.Tensor,
         fields.DECODER_POSITIONS.name: torch.arange(decoder.size(1), device=tokens.device).expand_as(decoder),
         fields.DOCUMENT_IDS.name: torch.zeros_like(tokens),
     }
-    found = {**defaults, **tensors}
-    return tuple(found[name] for name in wire.input_names)
+    return {**defaults, **tensors}

@@ -5,28 +5,40 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
-from typing import Any, cast
+from itertools import chain, cycle, groupby, islice
+from operator import itemgetter
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from lmscale.config.adapt import prompt_length
 from lmscale.config.run import RunConfig
 from lmscale.data.blend import Blend
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.source import Source
 from lmscale.errors import LmscaleError
 from lmscale.feed.dataset import SampleDataset, in_order
-from lmscale.feed.sampler import HeldOutSampler, MicroBatchSampler
+from lmscale.feed.sampler import HeldOutSampler, MicroBatch, MicroBatchSampler, StepSamples
 from lmscale.feed.sources import open_held_out, open_train
 from lmscale.feed.transport import SlotFiller, Slots
 from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
-from lmscale.objectives.base import Vocabulary
+from lmscale.objectives.base import Arrays, Vocabulary
 from lmscale.objectives.registry import build_objective
 
 Batch = dict[str, torch.Tensor]
 """Named, typed and shaped as in lmscale.batch; contiguous, on the CPU, pinned where there is a CUDA device."""
+
+
+class ArrayMaker(Protocol):
+    """Makes the arrays of a batch from sample numbers."""
+
+    def arrays(self, indices: NDArray[np.int64], seq_length: int | None = None) -> Arrays:
+        """Make them; see `SampleDataset.arrays`."""
+        ...
+
 
 _TOKENS_A_MESSAGE = 1 << 17
 _MESSAGES_AHEAD = 2
@@ -48,10 +60,9 @@ def build_train_loader(
     config: RunConfig,
     dp_rank: int,
     dp_size: int,
-    consumed_samples: int,
-    batch_size_at: Callable[[int], int],
+    steps: Iterable[StepSamples],
 ) -> Iterator[Batch]:
-    """Iterate over the micro batches of one data-parallel rank, from `consumed_samples` to the end of training.
+    """Iterate over the micro batches of one data-parallel rank, from a checkpoint to the end of training.
 
     The samples of a step are the same for every dp_size and num_workers, and after a resume.
 
@@ -59,8 +70,7 @@ def build_train_loader(
         config: the run.
         dp_rank: data-parallel rank.
         dp_size: data-parallel size.
-        consumed_samples: samples of the steps that are done.
-        batch_size_at: samples consumed -> samples of the next step.
+        steps: what is left to do, in order; walked more than once.
 
     Raises:
         DataError: at once, if a corpus cannot be used; on iteration, if a token is outside the vocabulary.
@@ -69,9 +79,8 @@ def build_train_loader(
     blend = build_blend(config, vocabulary)
     dataset = _dataset(config, vocabulary, blend, blend.locate)
     size = config.batch.micro_batch_size
-    end_samples = -(-config.train.train_tokens // config.lengths.nominal)
-    sampler = MicroBatchSampler(batch_size_at, consumed_samples, size, dp_rank, dp_size, end_samples)
-    return _iterate(dataset, sampler, config, config.data.num_workers)
+    sampler = MicroBatchSampler(steps, size, dp_rank, dp_size)
+    return iterate(dataset, sampler, config, config.data.num_workers)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ def build_valid_loaders(config: RunConfig, dp_rank: int, dp_size: int) -> dict[s
     def loader(source: Source) -> HeldOut:
         dataset = _dataset(config, vocabulary, Blend([source], [1.0], config.train.seed), in_order)
         sampler = HeldOutSampler(min(source.num_samples(), limit), size, dp_rank, dp_size)
-        return HeldOut(lambda: _iterate(dataset, sampler, config, num_workers=0), len(sampler))
+        return HeldOut(lambda: iterate(dataset, sampler, config, num_workers=0), len(sampler))
 
     sources = open_held_out(config, vocabulary.document_end_id)
     check_full_stop(vocabulary, config.objective, sources.values())
@@ -114,23 +123,30 @@ def build_valid_loaders(config: RunConfig, dp_rank: int, dp_size: int) -> dict[s
 
 
 def _dataset(config: RunConfig, vocabulary: Vocabulary, blend: Blend, locate: Callable[..., Any]) -> SampleDataset:
-    objective = build_objective(config.objective, config.lengths, vocabulary)
-    return SampleDataset(blend, locate, objective, config.model.vocab_size)
+    objective = build_objective(config.objective, config.text_lengths, vocabulary)
+    return SampleDataset(blend, locate, objective, config.model.vocab_size, prompt_length(config.adapt))
 
 
-def _iterate(
-    dataset: SampleDataset, sampler: Iterable[list[int]], config: RunConfig, num_workers: int
-) -> Iterator[Batch]:
+def iterate(dataset: ArrayMaker, sampler: Iterable[MicroBatch], config: RunConfig, num_workers: int) -> Iterator[Batch]:
+    """Iterate over micro batches, prepared ahead by worker processes.
+
+    Args:
+        dataset: makes the arrays of sample numbers.
+        sampler: the sample numbers of each micro batch.
+        config: of the run.
+        num_workers: 0 prepares them in this process.
+    """
     pin = torch.cuda.is_available()
     micro_batch_size = config.batch.micro_batch_size
     # torch has this many batches asked for at most, and one more is being read.
     num_slots = num_workers * _MESSAGES_AHEAD + 1
     tokens = micro_batch_size * config.lengths.nominal
-    messages = _Messages(sampler, max(1, _TOKENS_A_MESSAGE // tokens), num_slots)
-    largest = next(iter(messages), None)
+    cuts = bool(config.data.seq_length_stages)
+    messages = _Messages(sampler, max(1, _TOKENS_A_MESSAGE // tokens), num_slots, cuts)
+    largest = messages.largest()
     if largest is None:
         return
-    slots = Slots(num_slots, dataset.arrays(np.asarray(largest[1])), shared=num_workers > 0)
+    slots = Slots(num_slots, dataset.arrays(np.asarray(largest)), shared=num_workers > 0)
     loader: DataLoader[Any] = DataLoader(
         cast(Dataset[Any], SlotFiller(dataset.arrays, slots)),  # torch asks for __getitems__ alone
         batch_sampler=cast(Iterable[list[Any]], messages),
@@ -146,15 +162,31 @@ def _iterate(
 
 
 class _Messages:
-    """Joins the sample numbers of several micro batches, which a worker makes at once, and names a slot for them."""
+    """Joins the sample numbers of several micro batches, which a worker makes at once, and names a slot for them.
 
-    def __init__(self, sampler: Iterable[list[int]], micro_batches: int, num_slots: int):
-        self._sampler, self._micro_batches, self._num_slots = sampler, micro_batches, num_slots
+    With `cuts`, those of one message are of one length, and the length goes with them.
+    """
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        micro_batches, slots = iter(self._sampler), cycle(range(self._num_slots))
-        while indices := list(chain.from_iterable(islice(micro_batches, self._micro_batches))):
-            yield next(slots), indices
+    def __init__(self, sampler: Iterable[MicroBatch], micro_batches: int, num_slots: int, cuts: bool):
+        self._sampler, self._micro_batches, self._num_slots, self._cuts = sampler, micro_batches, num_slots, cuts
+
+    def __iter__(self) -> Iterator[tuple[int, list[int], int | None]]:
+        slots = cycle(range(self._num_slots))
+        for length, group in groupby(self._sampler, itemgetter(1) if self._cuts else _no_length):
+            while indices := list(chain.from_iterable(part[0] for part in islice(group, self._micro_batches))):
+                yield next(slots), indices, length
+
+    def largest(self) -> list[int] | None:
+        """Return the sample numbers of a message that none is larger than; None where there is no message."""
+        if self._cuts:  # a message ends where the length changes: later ones may be larger than the first
+            first = next(iter(self._sampler), None)
+            return None if first is None else first[0] * self._micro_batches
+        message = next(iter(self), None)
+        return None if message is None else message[1]
+
+
+def _no_length(micro_batch: MicroBatch) -> None:
+    return None
 
 
 def _as_it_is(batch: Any) -> Any:

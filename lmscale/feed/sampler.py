@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+
+StepSamples = tuple[int, int, int]
+"""What a step reads: samples consumed before it, samples of its global batch, tokens of a sample."""
+MicroBatch = tuple[list[int], int | None]
+"""Sample numbers, and the length to cut them to; None leaves them whole."""
 
 
 class MicroBatchSampler:
     """Yields the sample numbers of each micro batch of one data-parallel rank.
 
-    A step that starts with C samples consumed takes B = batch_size_at(C) samples; its micro batch m on rank d is
+    A step that starts with C samples consumed takes B samples; its micro batch m on rank d is
         C + (m dp_size + d) micro_batch_size + [0, micro_batch_size)
     and the next step starts at C + B. So a step holds the same samples on every layout, and to resume is to start with
     the samples consumed so far.
 
     Args:
-        batch_size_at: samples consumed -> samples of the step that starts there; micro_batch_size x dp_size divides it.
-        consumed_samples: where to start, the beginning of a step.
+        steps: to the end of the run; walked each time anew. micro_batch_size x dp_size divides their batches.
         micro_batch_size: in samples.
         dp_rank: data-parallel rank.
         dp_size: data-parallel size.
-        end_samples: the last step is the one that reaches this; None goes on for ever.
     """
 
-    def __init__(
-        self,
-        batch_size_at: Callable[[int], int],
-        consumed_samples: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        end_samples: int | None = None,
-    ):
-        self._batch_size_at, self._consumed_samples, self._end_samples = batch_size_at, consumed_samples, end_samples
+    def __init__(self, steps: Iterable[StepSamples], micro_batch_size: int, dp_rank: int, dp_size: int):
+        self._steps = steps
         self._micro_batch_size, self._dp_rank, self._dp_size = micro_batch_size, dp_rank, dp_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        consumed, size = self._consumed_samples, self._micro_batch_size
-        while self._end_samples is None or consumed < self._end_samples:
-            batch_size = self._batch_size_at(consumed)
+    def __iter__(self) -> Iterator[MicroBatch]:
+        size = self._micro_batch_size
+        for consumed, batch_size, seq_length in self._steps:
             first = consumed + self._dp_rank * size
             for start in range(first, consumed + batch_size, size * self._dp_size):
-                yield list(range(start, start + size))
-            consumed += batch_size
+                yield list(range(start, start + size)), seq_length
 
 
 class HeldOutSampler:
@@ -64,8 +57,8 @@ class HeldOutSampler:
     def __len__(self) -> int:
         return -(-self._num_windows // (self._micro_batch_size * self._dp_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for number in range(len(self)):
             start = (number * self._dp_size + self._dp_rank) * self._micro_batch_size
             indices = range(start, start + self._micro_batch_size)
-            yield [index if index < self._num_windows else -1 for index in indices]
+            yield [index if index < self._num_windows else -1 for index in indices], None

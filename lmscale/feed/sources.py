@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from lmscale.config.run import RunConfig, split_shares
+from lmscale.config.data import split_shares
+from lmscale.config.run import RunConfig
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.part import Part
 from lmscale.data.source import Source, build_source
@@ -83,5 +84,5 @@ def _open(config: RunConfig, prefix: str) -> IndexedCorpus:
 
 def _cut(config: RunConfig, part: Part, number: int = 0) -> Source:
     return build_source(
-        config.objective, config.lengths, part, config.train.seed, number, config.data.reset_attention_mask
+        config.objective, config.text_lengths, part, config.train.seed, number, config.data.reset_attention_mask
     )

@@ -84,17 +84,17 @@ class SlotFiller:
     """The dataset of a torch data loader: makes batches into slots.
 
     Args:
-        make: sample numbers -> arrays.
+        make: sample numbers, length to cut them to -> arrays.
         slots: where to put them.
     """
 
-    def __init__(self, make: Callable[[NDArray[np.int64]], Arrays], slots: Slots):
+    def __init__(self, make: Callable[[NDArray[np.int64], int | None], Arrays], slots: Slots):
         self._make, self._slots = make, slots
 
-    def __getitems__(self, message: tuple[int, Sequence[int]]) -> Filled | LmscaleError:
+    def __getitems__(self, message: tuple[int, Sequence[int], int | None]) -> Filled | LmscaleError:
         """Make a batch, or return the error: raised in a worker, it would reach the user inside a traceback."""
-        slot, indices = message
+        slot, indices, seq_length = message
         try:
-            return self._slots.fill(slot, self._make(np.asarray(indices, np.int64)))
+            return self._slots.fill(slot, self._make(np.asarray(indices, np.int64), seq_length))
         except LmscaleError as error:
             return error

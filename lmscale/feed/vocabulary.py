@@ -6,15 +6,17 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lmscale.config.objective import BartConfig, BertConfig, ObjectiveConfig, RobertaConfig, T5Config
+from lmscale.config.objective import BartConfig, BertConfig, ObjectiveConfig, RobertaConfig, T5Config, TextToTextConfig
 from lmscale.config.run import RunConfig
+from lmscale.data.blocks import Blocks, SentenceBlocks
+from lmscale.data.part import Part
 from lmscale.data.source import Source
 from lmscale.data.tokenizer import Tokenizer, load_tokenizer
 from lmscale.errors import DataError
 from lmscale.objectives.base import Vocabulary
 
 _ROWS_OF_T5 = 128
-_SAMPLE_TOKENS = 1 << 18
+_READ_TOKENS = 1 << 18
 
 
 def vocabulary_multiple(objective: ObjectiveConfig) -> int:
@@ -22,20 +24,27 @@ def vocabulary_multiple(objective: ObjectiveConfig) -> int:
 
     The published T5 models have 32,128 rows for 32,100 ids.
     """
-    return _ROWS_OF_T5 if isinstance(objective, T5Config) else 1
+    return _ROWS_OF_T5 if isinstance(objective, T5Config | TextToTextConfig) else 1
 
 
 def build_vocabulary(config: RunConfig) -> Vocabulary:
     """Describe the tokenizer of a run to its objective; causal_lm does without one.
 
     Raises:
-        DataError: if the tokenizer is not there, or has not the full stop that bart asks for. What else an objective needs,
-            it asks of its vocabulary.
+        DataError: if the tokenizer is not there, has more ids than the model, or has not the full stop that bart asks for.
+            What else an objective needs, it asks of its vocabulary.
     """
     objective = config.objective
     if config.tokenizer is None or objective.name == "causal_lm":
         return Vocabulary(config.model.vocab_size)
     tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:  # a mask, or a random token, may be any of its ids
+        raise DataError(
+            f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} entries",
+            field="model.vocab_size",
+            value=config.model.vocab_size,
+            remedy=f"use model.vocab_size = {tokenizer.vocab_size}",
+        )
     return Vocabulary(
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
@@ -75,14 +84,25 @@ def check_full_stop(vocabulary: Vocabulary, objective: ObjectiveConfig, sources:
     """Check that sentences end where the objective looks for their ends: else it would permute nothing, silently.
 
     Raises:
-        DataError: if the first 2^18 tokens of a corpus have no full stop.
+        DataError: if a corpus, or the share of it that is read, has no full stop.
     """
     if vocabulary.full_stop_id is None or not isinstance(objective, BartConfig):
         return
     for source in sources:
-        if not (source.corpus.tokens[:_SAMPLE_TOKENS] == vocabulary.full_stop_id).any():
+        assert isinstance(source, Blocks | SentenceBlocks)
+        if not _holds(source.part, vocabulary.full_stop_id):
             raise DataError(
-                f"its first {_SAMPLE_TOKENS:,} tokens have no full stop, objective.full_stop = {objective.full_stop!r}",
+                f"{source.part.name} has no full stop, objective.full_stop = {objective.full_stop!r}",
                 field=source.corpus.prefix,
                 remedy="name the piece that ends its sentences, or set objective.permuted_share to 0",
             )
+
+
+def _holds(part: Part, token: int) -> bool:
+    """Look for a token in a part, from its begin on; only what lacks it is read whole."""
+    first, behind = int(part.offsets[0]), int(part.offsets[-1])
+    tokens = part.corpus.tokens
+    return any(
+        bool((tokens[start : min(start + _READ_TOKENS, behind)] == token).any())
+        for start in range(first, behind, _READ_TOKENS)
+    )

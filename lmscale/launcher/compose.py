@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from lmscale.config.run import RunConfig
 from lmscale.config.validation import nearest
 from lmscale.errors import ConfigError
 from lmscale.launcher.environment import free_port, threads_for, travelling, visible_devices
 from lmscale.launcher.hosts import Host, read_hostfile
-from lmscale.launcher.status import RUN_ID
+from lmscale.launcher.status import RUN_ID, STARTED_AT
 from lmscale.launcher.validate import LaunchPlan
 
 Launcher = Literal["deepspeed", "pdsh", "openmpi", "mpich", "slurm", "torchrun"]
-MODULE = "lmscale.pretrain"
+PRETRAIN, FINETUNE = "lmscale.pretrain", "lmscale.finetune"
 _SRUN_WAIT_S = 60
 """srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
 
@@ -150,11 +151,13 @@ def compose(
     is_local = not placement.hosts and placement.launcher != "slurm"
     busiest = max((placement.ranks_per_host or host.slots for host in placement.hosts), default=placement.num_ranks)
     env = {RUN_ID: uuid.uuid4().hex}
+    if STARTED_AT in environ:
+        env[STARTED_AT] = environ[STARTED_AT]
     if not placement.cuda_devices:
         env["DS_ACCELERATOR"] = "cpu"
     if "OMP_NUM_THREADS" not in environ:
         env["OMP_NUM_THREADS"] = str(threads_for(busiest))
-    rank_argv = ["--module", MODULE, "--config", str(config_file)]
+    rank_argv = ["--module", module_of(plan.config), "--config", str(config_file)]
     # A rank's identity left over from an outer launch would make the launcher itself look like a rank.
     unset = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
     if placement.launcher == "torchrun":
@@ -170,6 +173,11 @@ def compose(
     return Command(tuple(argv), env, tuple(unset), travels, is_local, passes_signals=placement.launcher == "slurm")
 
 
+def module_of(config: RunConfig) -> str:
+    """Return the module that the ranks run."""
+    return PRETRAIN if config.adapt is None and config.task is None else FINETUNE
+
+
 def _program(name: str) -> str:
     """Prefer the script beside our own Python: the console command works without an activated environment."""
     beside = Path(sys.executable).with_name(name)
@@ -178,7 +186,7 @@ def _program(name: str) -> str:
 
 def _deepspeed_options(placement: Placement, environ: Mapping[str, str]) -> list[str]:
     if not placement.hosts:
-        quiet = ["--log_level", "warning"]
+        quiet = ["--log_level", "error"]  # it warns of each run without a hostfile
         return [*_local_devices(placement, environ), "--master_port", str(free_port()), *quiet]
     assert placement.hostfile is not None
     options = ["--hostfile", placement.hostfile]
@@ -193,15 +201,15 @@ def _local_devices(placement: Placement, environ: Mapping[str, str]) -> list[str
     if not placement.cuda_devices:
         # Without a number a CPU host gets one rank for each NUMA node.
         return ["--num_accelerators", str(placement.num_ranks)]
-    if not environ.get("CUDA_VISIBLE_DEVICES"):
+    chosen = placement.cuda_devices[: placement.num_ranks]
+    if not environ.get("CUDA_VISIBLE_DEVICES") and chosen == tuple(map(str, range(placement.num_ranks))):
         return ["--num_gpus", str(placement.num_ranks)]
     # DeepSpeed ignores the variable where it is given a number, and would take the first devices of the host.
-    chosen = placement.cuda_devices[: placement.num_ranks]
     if not all(name.isdecimal() for name in chosen):
         raise ConfigError(
             "DeepSpeed's launcher takes devices by number",
             field="CUDA_VISIBLE_DEVICES",
-            value=environ["CUDA_VISIBLE_DEVICES"],
+            value=",".join(chosen),
             remedy="use numbers, or --launcher torchrun",
         )
     return ["--include", f"localhost:{','.join(chosen)}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -14,6 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from lmscale.config.implementation import choose_implementation
+from lmscale.config.nvidia_apex import apex_problem
+from lmscale.config.optim import OptimConfig
+from lmscale.config.run import ZeroChoice
 from lmscale.launcher.environment import visible_devices
 
 _GIB = 1 << 30
@@ -40,6 +43,7 @@ def examine() -> Iterator[Finding]:
     yield from (_version(name) for name in _REQUIRED)
     yield _devices()
     yield _apex()
+    yield _optimizer()
     yield from _op_builder()
     yield from (_program(name, "missing", "pip install lmscale, in this environment") for name in _SCRIPTS)
     yield from _several_hosts()
@@ -73,16 +77,22 @@ def _devices() -> Finding:
 
 def _apex() -> Finding:
     """Tell NVIDIA's apex from the package of that name on PyPI, which is a toolkit for web pages."""
-    if importlib.util.find_spec("apex") is None:
-        return Finding(
-            "apex", "note", "not installed: torch's fused AdamW serves", "optional; built from NVIDIA's source"
-        )
-    try:
-        importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
-    except Exception as error:
+    problems = {part: apex_problem(part) for part in ("adam", "norms")}
+    if problems["adam"] is None:
+        norms = "and fused norms" if problems["norms"] is None else f"no fused norms: {problems['norms']}"
+        return Finding("apex", "ok", f"NVIDIA's, with FusedAdam, {norms}")
+    remedy = "optional; built from NVIDIA's source"
+    if "PyPI" in problems["adam"]:
         remedy = "pip uninstall apex; NVIDIA's is built from its source"
-        return Finding("apex", "note", f"not NVIDIA's, or built without its extensions: {error}", remedy)
-    return Finding("apex", "ok", "NVIDIA's, with FusedAdam")
+    return Finding("apex", "note", problems["adam"], remedy)
+
+
+def _optimizer() -> Finding:
+    """Say whose Adam optim.implementation: auto takes here."""
+    has_gpu = visible_devices(os.environ) is not None
+    chosen = choose_implementation(OptimConfig(lr=1.0), ZeroChoice(stage=1), has_gpu=has_gpu)
+    offloaded = choose_implementation(OptimConfig(lr=1.0), ZeroChoice(stage=1, offload_optimizer=True), has_gpu=has_gpu)
+    return Finding("adam, adamw", "ok", f"{chosen.name}: {chosen.because}; {offloaded.name} where {offloaded.because}")
 
 
 def _op_builder() -> Iterator[Finding]:
@@ -103,6 +113,11 @@ def _extensions_root() -> Path:
 
 
 def _compiled_ops(root: Path) -> Finding:
+    locked = next(root.glob("**/lock"), None)
+    if locked is not None:
+        # Our ranks build under a lock of the kernel; other programs wait for torch's, which a killed builder leaves behind.
+        value = f"{locked.parent.name} is locked: another program compiles it, or was cut off"
+        return Finding("DeepSpeed ops", "note", value, f"if no ninja runs: rm {locked}")
     names = sorted({path.stem for path in root.glob("**/*.so")})
     if names:
         return Finding("DeepSpeed ops", "ok", f"{', '.join(names)} compiled in {root}")

@@ -23,11 +23,16 @@ _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY
 
 
 def adopt_rank(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Fill in RANK, LOCAL_RANK and WORLD_SIZE where srun or mpirun started this process and named them otherwise."""
+    """Fill in RANK, LOCAL_RANK and WORLD_SIZE where srun or mpirun started this process and named them otherwise.
+
+    A process that no launcher started is a run's only rank; DeepSpeed would ask MPI.
+    """
     for name, sources in _RANK_NAMES.items():
         given = next((environ[source] for source in sources if source in environ), None)
         if name not in environ and given is not None:
             environ[name] = given
+    if not {"RANK", "WORLD_SIZE"} & environ.keys():
+        environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def travelling(environ: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from lmscale.launcher.compose import Command
 from lmscale.launcher.status import RUN_ID, STATUS_BY_FILE, STATUS_DIR
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
+from lmscale.monitor.atomic import replaced
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 STOP_FILE = "STOP"
@@ -46,16 +47,16 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             is_local=command.is_local,
             stop_file=output_dir / STOP_FILE,
             launcher_passes_signals=command.passes_signals,
+            logs=output_dir / "logs",
         )
 
 
 def _write_config(plan: LaunchPlan) -> None:
     path = resolved_config_path(plan)
-    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(show(plan.config))
-        partial.replace(path)
+        with replaced(path) as file:
+            file.write(show(plan.config).encode())
     except OSError as error:
         rule = f"cannot be written: {error.strerror}"
         raise ConfigError(rule, field="output_dir", value=plan.config.output_dir) from None

@@ -1,6 +1,7 @@
 """What a rank and its supervisor tell each other, through small files in a directory named by the environment.
 
-A rank registers (its process id, once it handles signals) and, when it ends, reports its exit status and error line.
+A rank registers (its process id, once it handles signals), tells from time to time where it is, and, when it ends,
+reports its exit status and error line.
 DeepSpeed's launcher cannot carry this: it returns the status of whichever rank failed first, and 1 for its own signals.
 Without a supervisor, under the bare `deepspeed` or `torchrun`, nothing is written and a rank's status is its own.
 """
@@ -8,6 +9,7 @@ Without a supervisor, under the bare `deepspeed` or `torchrun`, nothing is writt
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -16,18 +18,33 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmscale.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED_AND_SAVED, LmscaleError
+from lmscale.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BUDGET,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED_AND_SAVED,
+    HangError,
+    LmscaleError,
+)
 from lmscale.log import get_logger
+from lmscale.train.pulse import Beat
 
 STATUS_DIR = "LMSCALE_STATUS_DIR"
 """Environment: the directory of these files; absent without a supervisor."""
 RUN_ID = "LMSCALE_RUN_ID"
 """Environment: marks every process of one launch, so that none is left behind."""
 STATUS_BY_FILE = "LMSCALE_STATUS_BY_FILE"
-"""Environment: "1" where the supervisor sees every report (all ranks on its host). A rank then ends with 0 after 2 or
-75, because DeepSpeed's launcher kills the other ranks as soon as one returns anything else, mid-save included."""
+"""Environment: "1" where the supervisor sees every report (all ranks on its host). A rank then ends with 0 after 2, 75
+or 77, because DeepSpeed's launcher kills the other ranks as soon as one returns anything else, mid-save included."""
+
+STARTED_AT = "LMSCALE_STARTED_AT"
+"""Environment: seconds since the epoch when `lmscale train` began, before restarts; absent without it."""
 
 _PATIENCE_S = 1.0
+_HANG_PATIENCE_S = 2.0
+"""For the watchdogs of the other ranks, before a launcher ends them for this one's sake."""
+_SUPERVISOR_PATIENCE_S = 45.0
+"""For a supervisor that has heard of the hang to collect stacks and end everything."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +84,27 @@ def report(status: int, error: str = "") -> int:
         The status that the process should exit with.
     """
     recorded = _write("status", f"{status}\n{error}")
-    told = {EXIT_BAD_INPUT, EXIT_INTERRUPTED_AND_SAVED}
+    told = {EXIT_BAD_INPUT, EXIT_INTERRUPTED_AND_SAVED, EXIT_BUDGET}
     return 0 if recorded and status in told and os.environ.get(STATUS_BY_FILE) == "1" else status
+
+
+def tell(beat: Beat) -> bool:
+    """Tell the supervisor where this rank is; without one that could hear it, do nothing and return False."""
+    return _write("beat", beat.to_json())
+
+
+def end_hung(error: HangError, is_heard: bool) -> None:
+    """End this process, from its watchdog's thread, without waiting for what its other threads do.
+
+    Args:
+        error: what to report.
+        is_heard: a supervisor knows and will end all ranks; if it does not, this one ends by itself.
+    """
+    if not is_heard and int(os.environ.get("LOCAL_RANK", "0")) < 2:
+        # A launcher ends everything with the first rank, and rank 0 may be the one that cannot speak.
+        sys.stderr.write(f"error: {error}\n")
+    time.sleep(_SUPERVISOR_PATIENCE_S if is_heard else _HANG_PATIENCE_S)
+    os._exit(report(error.exit_status, str(error)))
 
 
 def run_rank(body: Callable[[], int]) -> int:
@@ -92,6 +128,11 @@ def run_rank(body: Callable[[], int]) -> int:
         return report(EXIT_FAILURE, f"rank {rank()} failed: {type(error).__name__}: {error}".splitlines()[0])
 
 
+def is_crash(error: str) -> bool:
+    """Tell the error line of a rank that failed unawares, perhaps because another was gone, from one told on purpose."""
+    return re.match(r"rank \d+ failed: ", error) is not None
+
+
 def read_registrations(directory: Path) -> dict[int, Registration]:
     """Read who has registered, by rank."""
     found = {}
@@ -108,6 +149,11 @@ def read_reports(directory: Path) -> dict[int, Report]:
         status, _, error = text.partition("\n")
         found[number] = Report(int(status), error)
     return found
+
+
+def read_beats(directory: Path) -> dict[int, Beat]:
+    """Read where the ranks were last, by rank."""
+    return {number: Beat.from_json(text) for number, text in _read(directory, "beat")}
 
 
 def _say(error: LmscaleError) -> None:

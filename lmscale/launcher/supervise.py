@@ -14,21 +14,33 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from lmscale.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_INTERRUPTED_AND_SAVED
+from lmscale.errors import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTED_AND_SAVED
+from lmscale.launcher.hang import Hang, HangWatch
 from lmscale.launcher.processes import marked, ranks_of, send
-from lmscale.launcher.status import RUN_ID, STATUS_BY_FILE, STATUS_DIR, Report, read_registrations, read_reports
+from lmscale.launcher.status import (
+    RUN_ID,
+    STATUS_BY_FILE,
+    STATUS_DIR,
+    Report,
+    is_crash,
+    read_registrations,
+    read_reports,
+)
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _POLL_S = 0.1
 _WATCH_S = 0.5
+_WATCH_LOCAL_S = 0.1
+"""Who of several dead ranks died first shows in a short while only; reports of other hosts lie on a shared file system."""
 _GRACE_S = 15.0
 """From the first rank's failure to the end of those that wait for it in a collective."""
+_DEAD_GRACE_S = 4.0
+"""The same where the first rank is gone without a word: there is nothing that the others could still do together."""
 _LAUNCHER_GRACE_S = 10.0
-_EXIT_HANG, _EXIT_BUDGET = 76, 77
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,12 @@ class Outcome:
     status: int
     error: str | None = None
     """The line for the user; None where there is nothing to say."""
+    lost: tuple[int, ...] = ()
+    """Ranks whose process died without a word, or did not answer any more."""
+    is_final: bool = field(default=False, compare=False)
+    """The user has asked for the end, so that nothing should be started again."""
+    step: int = field(default=0, compare=False)
+    """The furthest that a rank has told of."""
 
 
 def supervise(
@@ -49,6 +67,7 @@ def supervise(
     is_local: bool = True,
     stop_file: Path | None = None,
     launcher_passes_signals: bool = False,
+    logs: Path | None = None,
     grace_s: float = _GRACE_S,
 ) -> Outcome:
     """Run a launcher until all of its ranks are gone.
@@ -64,43 +83,72 @@ def supervise(
         is_local: whether all ranks are processes of this host.
         stop_file: the file that makes a run save and stop.
         launcher_passes_signals: the launcher hands signals to the ranks by itself, as srun does.
+        logs: the run's directory of logs, for the stacks of ranks that hang.
         grace_s: seconds that the other ranks get when one has failed.
 
     Returns:
-        The ranks' status, as `outcome_of` derives it.
+        The ranks' status, as `outcome_of` derives it, or that of a hang.
     """
     extra = {STATUS_DIR: str(status_dir), STATUS_BY_FILE: "1" if is_local else "0"}
     supervisor = _Supervisor(
-        {**environ, **extra}, status_dir, num_ranks, is_local, stop_file, launcher_passes_signals, grace_s
+        {**environ, **extra}, status_dir, num_ranks, is_local, stop_file, launcher_passes_signals, logs, grace_s
     )
     return supervisor.run(list(argv))
 
 
-def outcome_of(reports: Mapping[int, Report], num_ranks: int, launcher_status: int, is_local: bool = True) -> Outcome:
+def outcome_of(
+    reports: Mapping[int, Report],
+    num_ranks: int,
+    launcher_status: int,
+    is_local: bool = True,
+    lost: tuple[int, ...] = (),
+) -> Outcome:
     """Derive a launch's outcome from its ranks' reports.
 
-    What a rank said outweighs the silence of those that were killed because of it: any 1 wins, then 2, 76, 77; a rank
-    that died silently makes 1; then 75, then 0. Silent ranks on other hosts are judged by the launcher's status.
+    What a rank said outweighs the silence of those that were killed because of it, and what it says on purpose outweighs
+    the crash of those that lost it: 2 wins, then a 1 that was told, then 76, 77; a crash makes 1, and so does a rank that
+    died silently, which is named before the crashes of those that lost it; then 75, then 0. Silent ranks on other hosts
+    are judged by the launcher's status.
+
+    Args:
+        reports: of the ranks that have reported.
+        num_ranks: of all.
+        launcher_status: of the launcher.
+        is_local: whether every rank could report.
+        lost: ranks that were found dead, without a report, before any other was ended.
     """
-    for status in (EXIT_FAILURE, EXIT_BAD_INPUT, _EXIT_HANG, _EXIT_BUDGET):
-        errors = [report.error for _, report in sorted(reports.items()) if report.status == status]
-        if errors:
-            return Outcome(status, next((error for error in errors if error), f"a rank ended with status {status}"))
+    told = _told(reports, num_ranks)
+    if told is not None and not (lost and told.error is not None and is_crash(told.error)):
+        return told
     silent = [number for number in range(num_ranks) if number not in reports]
     said = {report.status for report in reports.values()} - {0}
-    if silent and not is_local and launcher_status in {0, EXIT_INTERRUPTED_AND_SAVED}:
+    if silent and not is_local and not lost and launcher_status in {0, EXIT_INTERRUPTED_AND_SAVED}:
         said |= {launcher_status} - {0}
-    elif len(silent) == num_ranks:
+    elif silent and not is_local and launcher_status == EXIT_HANG:
+        return Outcome(EXIT_HANG, "hang: the ranks made no progress; see above, and the logs of each host")
+    elif len(silent) == num_ranks and not lost:
         return Outcome(
             EXIT_FAILURE,
             f"every rank crashed or was killed without a word; the launcher returned {launcher_status}, see above",
         )
     elif silent:
-        names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
-        return Outcome(EXIT_FAILURE, f"died without a word, killed or crashed: rank {names} of {num_ranks}")
+        names = ", ".join(map(str, (lost or silent)[:8])) + (", ..." if len(lost or silent) > 8 else "")
+        return Outcome(EXIT_FAILURE, f"died without a word, killed or crashed: rank {names} of {num_ranks}", lost)
     if said - {EXIT_INTERRUPTED_AND_SAVED}:
         return Outcome(EXIT_FAILURE, f"ranks ended with status {sorted(said)}")
     return Outcome(EXIT_INTERRUPTED_AND_SAVED if said else 0)
+
+
+def _told(reports: Mapping[int, Report], num_ranks: int) -> Outcome | None:
+    """Return the weightiest failure that ranks have reported."""
+    crashes = {number for number, report in reports.items() if report.status == EXIT_FAILURE and is_crash(report.error)}
+    purposely = {number: report for number, report in sorted(reports.items()) if number not in crashes}
+    ranking = [(status, purposely) for status in (EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_HANG, EXIT_BUDGET)]
+    for status, among in [*ranking, (EXIT_FAILURE, {number: reports[number] for number in sorted(crashes)})]:
+        errors = [report.error for report in among.values() if report.status == status]
+        if errors:
+            return Outcome(status, next(filter(None, errors), f"a rank ended with status {status}"))
+    return None
 
 
 class _Supervisor:
@@ -112,6 +160,7 @@ class _Supervisor:
         is_local: bool,
         stop_file: Path | None,
         launcher_passes_signals: bool,
+        logs: Path | None,
         grace_s: float,
     ):
         self._environ, self._run_id = environ, environ[RUN_ID]
@@ -120,7 +169,10 @@ class _Supervisor:
         self._pending: list[int] = []
         self._interrupts = 0
         self._failed_at: float | None = None
+        self._lost: tuple[int, ...] = ()
         self._watched_at = 0.0
+        self._hangs = HangWatch(status_dir, logs)
+        self._is_asked_to_end = False
 
     def run(self, argv: list[str]) -> Outcome:
         with self._handling_signals():
@@ -128,15 +180,20 @@ class _Supervisor:
             try:
                 while not self._is_over(launcher):
                     if self._interrupts > 1:
-                        self._kill(launcher)
-                        return Outcome(EXIT_FAILURE, "interrupted twice: killed, without a save")
+                        return Outcome(EXIT_FAILURE, "interrupted twice: killed, without a save", is_final=True)
                     self._deliver(launcher)
-                    self._end_survivors()
+                    hang = self._watch()
+                    if hang is not None:
+                        return self._marked(Outcome(EXIT_HANG, str(hang.error), hang.silent))
                     time.sleep(_POLL_S)
             finally:
                 self._kill(launcher)
         status = EXIT_FAILURE if launcher.returncode is None or launcher.returncode < 0 else launcher.returncode
-        return outcome_of(read_reports(self._status_dir), self._num_ranks, status, self._is_local)
+        reports = read_reports(self._status_dir)
+        return self._marked(outcome_of(reports, self._num_ranks, status, self._is_local, self._lost))
+
+    def _marked(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, is_final=self._is_asked_to_end, step=self._hangs.step)
 
     @contextlib.contextmanager
     def _handling_signals(self) -> Iterator[None]:
@@ -149,6 +206,7 @@ class _Supervisor:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
+        self._is_asked_to_end = self._is_asked_to_end or number != signal.SIGUSR1
         self._pending.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _is_over(self, launcher: subprocess.Popen[bytes]) -> bool:
@@ -172,31 +230,37 @@ class _Supervisor:
                 send(set(here) & set(ranks_of(self._run_id)), number)
             elif number != signal.SIGUSR1 and self._stop_file is not None:
                 with contextlib.suppress(OSError):
-                    self._stop_file.touch()
+                    # Rank 0 removes a file of an earlier start when it is up; by the id it knows that this one is newer.
+                    self._stop_file.write_text(self._run_id)
         self._pending.clear()
 
-    def _end_survivors(self) -> None:
-        """Kill the ranks that still wait for one that has failed."""
+    def _watch(self) -> Hang | None:
+        """Look for ranks that have failed, whose survivors are ended after a while, and for a hang."""
         now = time.monotonic()
-        if now - self._watched_at < _WATCH_S:
-            return
+        if now - self._watched_at < (_WATCH_LOCAL_S if self._is_local else _WATCH_S):
+            return None
         self._watched_at = now
         if self._failed_at is None:
-            self._failed_at = now if self._has_failed_rank() else None
-        elif now - self._failed_at > self._grace_s:
+            reports = read_reports(self._status_dir)
+            self._lost = self._find_lost(reports)
+            has_failed = any(report.status not in {0, EXIT_INTERRUPTED_AND_SAVED} for report in reports.values())
+            self._failed_at = now if has_failed or self._lost else None
+            return None if self._failed_at else self._hangs.poll()
+        if now - self._failed_at > (min(self._grace_s, _DEAD_GRACE_S) if self._lost else self._grace_s):
             send(ranks_of(self._run_id), signal.SIGKILL)
+        return None
 
-    def _has_failed_rank(self) -> bool:
-        reports = read_reports(self._status_dir)
-        if any(report.status not in {0, EXIT_INTERRUPTED_AND_SAVED} for report in reports.values()):
-            return True
+    def _find_lost(self, reports: Mapping[int, Report]) -> tuple[int, ...]:
         host = socket.gethostname()
-        waited = [
-            e.pid
-            for number, e in read_registrations(self._status_dir).items()
-            if number not in reports and e.host == host
-        ]
-        return any(not _is_alive(pid) for pid in waited)
+        waited = {
+            number: entry.pid
+            for number, entry in read_registrations(self._status_dir).items()
+            if number not in reports and entry.host == host
+        }
+        dead = [number for number, pid in waited.items() if not _is_alive(pid)]
+        # A rank that has ended in this moment has left its report before.
+        ended = read_reports(self._status_dir) if dead else {}
+        return tuple(number for number in dead if number not in ended)
 
     def _kill(self, launcher: subprocess.Popen[bytes]) -> None:
         """Leave no process behind, on this host at once, on others by the launcher's own means."""

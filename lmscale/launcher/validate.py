@@ -6,16 +6,28 @@ No torch and no deepspeed here; cheap checks come first.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from lmscale.config.adapt import LoraConfig, ProbingConfig, prompt_length
+from lmscale.config.check import check_run, dp_size_of
+from lmscale.config.checkpoint_paths import list_checkpoints, resolve_checkpoint
 from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed, resolve_deepspeed
 from lmscale.config.io import load_run
-from lmscale.config.run import RunConfig, ZeroChoice, check_run, dp_size_of
+from lmscale.config.run import RunConfig, ZeroChoice
 from lmscale.errors import CheckpointError, ConfigError, DataError, LmscaleError
+from lmscale.launcher.identity import check_same_content, check_same_run, hashes_of_run
+from lmscale.optim.lr import check_cooldown
+from lmscale.plan.adaptation import adaptation_of
+from lmscale.plan.groups import check_groups
+from lmscale.plan.lora import check_targets
+from lmscale.plan.names import parameter_shapes
+from lmscale.tasks.resolve import resolve_task
+from lmscale.train.checkpoint_files import is_whole, read_manifest
+from lmscale.train.stages import stages_of
 
 CONFIG_FILE = "config.yaml"
 
@@ -44,24 +56,88 @@ def validate_run(config: RunConfig, devices: int) -> LaunchPlan:
     Raises:
         ConfigError: if keys contradict each other, the layout is illegal, or output_dir cannot be used.
         DataError: if a corpus or the tokenizer is missing, damaged, too small, or not the model's.
-        CheckpointError: if a checkpoint that the config names is missing.
+        CheckpointError: if a checkpoint that the run will read is missing, torn or of another model.
     """
+    config = resolve_task(config, prompt_length(config.adapt))
     keys = load_deepspeed(config.deepspeed)
     zero = check_deepspeed(keys, config)
     check_run(config, zero, devices)
+    check_cooldown(config.optim, config.train.train_tokens)
+    if isinstance(config.adapt, LoraConfig):
+        check_targets(config.model, config.adapt)
+    check_groups(config.model, config.optim, adaptation_of(config))
     dp_size = dp_size_of(config, devices)
     resolve_deepspeed(keys, config, dp_size)
     inlined = config.model_copy(update={"deepspeed": keys})
-    _check_checkpoints_exist(config)
+    _check_extras(config)
     check_output_dir(inlined)
+    _check_checkpoints(config)
     _check_data(config)
     return LaunchPlan(inlined, zero, devices, dp_size)
 
 
-def _check_checkpoints_exist(config: RunConfig) -> None:
-    for field, value in (("model.init_from", config.model.init_from), ("checkpoint.resume", config.checkpoint.resume)):
-        if value not in (None, "auto", "never") and not Path(str(value)).exists():
+def _check_extras(config: RunConfig) -> None:
+    """Ask for the packages of an extra where the run will need them."""
+    if config.monitor.wandb and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "needs the wandb package", field="monitor.wandb", value=True, remedy="pip install lmscale[wandb]"
+        )
+
+
+def _check_checkpoints(config: RunConfig) -> None:
+    """Look at the checkpoints that the run will read: whole, and of its model as far as their config.yaml tells.
+
+    The ranks compare every tensor; what is found here does not cost their start.
+    """
+    resume = config.checkpoint.resume
+    found = list_checkpoints(Path(config.output_dir) / "checkpoints") if resume == "auto" else []
+    if found:
+        # The ranks take the first that is whole; where none is, the first says why.
+        newest = next(filter(is_whole, found), found[0])
+        _check_checkpoint("checkpoint.resume", newest, config)
+        check_same_content(config, newest, read_manifest(newest))
+    for field, value in (("model.init_from", config.model.init_from), ("checkpoint.resume", resume)):
+        if value in (None, "auto", "never"):
+            continue
+        if not Path(str(value)).exists():
             raise CheckpointError("there is no such checkpoint", field=field, value=value)
+        path = resolve_checkpoint(Path(str(value)))
+        former = _check_checkpoint(field, path, config)
+        if field == "checkpoint.resume":
+            _check_goes_on(config, path, former)
+
+
+def _check_goes_on(config: RunConfig, path: Path, former: RunConfig | None) -> None:
+    """Check that a run is that of a checkpoint elsewhere; one that no run has trained, as of an import, is anybody's."""
+    manifest = read_manifest(path)
+    if manifest.get("progress", {}).get("step") == 0:
+        return
+    if former is not None:
+        stages = stages_of(path, manifest)
+        hashes = {source["prefix"]: source["content_hash"] for source in (stages[-1]["train"] if stages else [])}
+        remedy = "use the former value, or model.init_from to take the weights alone"
+        check_same_run(config, former, f"the checkpoint {path}", remedy, hashes)
+    check_same_content(config, path, manifest)
+
+
+def _check_checkpoint(field: str, path: Path, config: RunConfig) -> RunConfig | None:
+    """Check that a checkpoint is whole and of the run's model, and return its config where that can be read."""
+    read_manifest(path)
+    try:
+        former = load_run(path / CONFIG_FILE)
+    except LmscaleError:
+        return None  # Of another version, perhaps: its tensors tell, and the ranks read them.
+    theirs, ours = parameter_shapes(former.model), parameter_shapes(config.model)
+    differing = next((name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name)), None)
+    if differing is not None:
+        there, here = (shapes.get(differing, "absent") for shapes in (theirs, ours))
+        raise CheckpointError(
+            f"is of another model: {differing} is {there} there and {here} here",
+            field=field,
+            value=str(path),
+            remedy="use the model of its config.yaml",
+        )
+    return former
 
 
 def check_output_dir(config: RunConfig) -> None:
@@ -85,6 +161,15 @@ def check_output_dir(config: RunConfig) -> None:
                 remedy="use another output_dir, or checkpoint.resume = auto to go on from them",
             )
         return
+    if isinstance(config.adapt, ProbingConfig):  # goes on with nothing: a second run may have another head
+        if any(directory.glob("checkpoints/step-*")):
+            raise ConfigError(
+                "holds the checkpoints of another run",
+                field="output_dir",
+                value=config.output_dir,
+                remedy="use another output_dir",
+            )
+        return
     if (directory / CONFIG_FILE).is_file():
         _check_same_run(config, directory / CONFIG_FILE)
 
@@ -99,45 +184,22 @@ def _check_same_run(config: RunConfig, path: Path) -> None:
             value=config.output_dir,
             remedy="use another output_dir",
         ) from None
-    there = dict(identity_of(former))
-    for key, ours in identity_of(config):
-        if ours != there.get(key):
-            raise ConfigError(
-                f"the run in {config.output_dir} has {there.get(key)!r}",
-                field=key,
-                value=ours,
-                remedy="use another output_dir, or the former value",
-            )
-
-
-def identity_of(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of what must not change when a run is resumed.
-
-    Layout, micro batch, intervals and the length of the run may change; the model, what it reads, in which order, and
-    how much of it goes into a step may not.
-    """
-    excluded: dict[str, Any] = {"preset": True, "init_from": True}
-    yield from _flatten("model", config.model.model_dump(exclude=excluded))
-    yield from _flatten(
-        "data",
-        config.data.model_dump(include={"train", "split", "seq_length", "decoder_seq_length", "reset_attention_mask"}),
-    )
-    yield from _flatten("objective", config.objective.model_dump())
-    yield "train.seed", config.train.seed
-    yield "batch.global_batch_size", config.batch.global_batch_size
-    yield "batch.ramp", None if config.batch.ramp is None else config.batch.ramp.model_dump()
-
-
-def _flatten(prefix: str, section: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _flatten(f"{prefix}.{name}", value)
-        else:
-            yield f"{prefix}.{name}", value
+    place, remedy = f"the run in {config.output_dir}", "use another output_dir, or the former value"
+    check_same_run(config, former, place, remedy, hashes_of_run(path.parent))
 
 
 def _check_data(config: RunConfig) -> None:
-    """Open the tokenizer and the corpora as the ranks will, by the same code. Samples are not cut: that can take long."""
+    """Open the tokenizer and the corpora, or a task's files, as the ranks will, by the same code.
+
+    Samples of corpora are not cut: that can take long.
+    """
+    if config.task is not None:
+        from lmscale.tasks.check import check_task
+
+        if config.tokenizer is not None and config.tokenizer.type != "hf":
+            _check_vocabulary_size(config)
+        check_task(config, prompt_length(config.adapt))
+        return
     from lmscale.feed.sources import open_held_out, open_train
     from lmscale.feed.vocabulary import build_vocabulary, check_full_stop
     from lmscale.objectives.base import Vocabulary
@@ -149,7 +211,7 @@ def _check_data(config: RunConfig) -> None:
     else:
         _check_vocabulary_size(config)
         vocabulary = build_vocabulary(config)
-        build_objective(config.objective, config.lengths, vocabulary)
+        build_objective(config.objective, config.text_lengths, vocabulary)
     sources = [*open_train(config, vocabulary.document_end_id)]
     sources += open_held_out(config, vocabulary.document_end_id).values()
     check_full_stop(vocabulary, config.objective, sources)

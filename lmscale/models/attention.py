@@ -75,6 +75,10 @@ class KeyValueCache:
 class CoreAttention(nn.Module):
     """softmax(scale q k^T + bias + mask) v.
 
+    `prefix`, where an adaptation puts it, is called for keys and values [b or 1, g/t, p, d] that every query sees before all
+    others, and for which of them are there, bool [b, p] or None for all. They are not rotated. `observer`, where one is
+    set, is shown the keys and values [b, g/t, s, d] of the tokens, the keys rotated.
+
     Causal without documents, the mask is SDPA's own, which the flash kernels skip blocks by; otherwise it is made once
     for each micro batch and shared by the layers.
     """
@@ -103,6 +107,13 @@ class CoreAttention(nn.Module):
         self._can_cache = attention_type == "self" and masks.is_causal
         self._rotary = RotaryTable(context.model.rope_theta, context.model.head_size) if _uses_rope(context) else None
         self.cache: KeyValueCache | None = None
+        self.observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self.register_module("prefix", None)
+
+    @property
+    def key(self) -> str:
+        """The logical name of the module."""
+        return f"{self._layer_key}.{self._site}.core_attention"
 
     def new_cache(self, capacity: int) -> KeyValueCache | None:
         """Make a cache for generation; None where a token's keys depend on what follows it, or are of another stack."""
@@ -127,7 +138,8 @@ class CoreAttention(nn.Module):
         order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
         query_bnsd, key_bgsd, value_bgsd = (tensor.permute(order) for tensor in (query, key, value))
         if self._rotary is not None:
-            query_bnsd, key_bgsd = self._rotary.rotate(query_bnsd, key_bgsd, inputs.positions)
+            shift = self._context.rows.shift
+            query_bnsd, key_bgsd = self._rotary.rotate(query_bnsd, key_bgsd, inputs.positions, shift)
         mask, is_causal = inputs.bias, False
         if self.cache is not None:
             assert inputs.document_ids is not None
@@ -138,6 +150,12 @@ class CoreAttention(nn.Module):
         elif mask is None:
             mask = self._masks.of(inputs)
             is_causal = mask is None and self._masks.is_causal
+        if self.observer is not None:
+            self.observer(key_bgsd, value_bgsd)
+        if self.prefix is not None and not self._context.rows.is_base:
+            keys, values, is_there = self.prefix()
+            mask, is_causal = self._masks.behind_prefix(mask, is_causal, query_bnsd, keys.size(2), is_there), False
+            key_bgsd, value_bgsd = _behind(keys, key_bgsd), _behind(values, value_bgsd)
         out_bnsd = self._attend(query_bnsd, key_bgsd, value_bgsd, mask, is_causal, inputs.micro_batch)
         back = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         return out_bnsd.permute(back).flatten(2)
@@ -199,6 +217,7 @@ class AttentionMasks:
         self.is_causal = is_causal
         self._made_for: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
+        self._widened: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def of(self, inputs: AttentionInputs) -> torch.Tensor | None:
         """Return bool [b, 1, s, k], True where a query may attend; None where a plain (causal) attention is meant."""
@@ -224,6 +243,35 @@ class AttentionMasks:
         """
         return self._remember(new_ids, all_ids, lambda: _same(new_ids, all_ids) & _preceding(new_ids, all_ids))
 
+    def behind_prefix(
+        self,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        query: torch.Tensor,
+        length: int,
+        is_there: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Widen a mask by keys that stand before all others; made once for each mask, for all layers.
+
+        Args:
+            mask: bool or floating-point [b or 1, n or 1, s, k], or None.
+            is_causal: what None means: whether queries see what precedes them alone, or everything.
+            query: [b, n, s, d].
+            length: keys in front, p.
+            is_there: bool [b, p], those that a row has; None where each has all.
+
+        Returns:
+            The same with p + k keys; None where every query sees everything.
+        """
+        if mask is None and not is_causal and is_there is None:
+            return None
+        key = (mask, is_causal, query.size(2), length, is_there)
+        if self._widened is None or not all(
+            a is b or (isinstance(a, int) and a == b) for a, b in zip(self._widened[0], key, strict=True)
+        ):
+            self._widened = key, _widen(mask, is_causal, query, length, is_there)
+        return self._widened[1]
+
     def _with_prefix(self, ids: torch.Tensor | None, prefix: torch.Tensor) -> torch.Tensor:
         mask = _preceding(prefix, prefix) | (prefix == 1)[:, None, None, :] & (prefix == 1)[:, None, :, None]
         return mask if ids is None else mask & _same(ids, ids)
@@ -234,6 +282,26 @@ class AttentionMasks:
         if not is_same or self._mask is None:
             self._made_for, self._mask = (queries, keys), make()
         return self._mask
+
+
+def _widen(
+    mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor, length: int, is_there: torch.Tensor | None
+) -> torch.Tensor:
+    num_queries = query.size(2)
+    if mask is None:
+        mask = torch.ones(1, 1, num_queries, num_queries, dtype=torch.bool, device=query.device)
+        mask = mask.tril() if is_causal else mask
+    front = mask.new_zeros(1, 1, 1, length) if mask.is_floating_point() else mask.new_ones(1, 1, 1, length)
+    if is_there is not None:
+        hidden = -torch.inf if mask.is_floating_point() else False
+        front = front.masked_fill(~is_there[:, None, None, :], hidden)
+        mask = mask.expand(len(is_there), -1, -1, -1)
+    return torch.cat((front.expand(*mask.shape[:-1], length), mask), dim=-1)
+
+
+def _behind(front: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Put keys or values [b or 1, g, p, d] before others [b, g, k, d]."""
+    return torch.cat((front.expand(rest.size(0), -1, -1, -1).to(rest.dtype), rest), dim=2)
 
 
 def _same(query_ids: torch.Tensor, key_ids: torch.Tensor) -> torch.Tensor:
@@ -263,13 +331,20 @@ class RotaryTable:
         self._table: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        positions: torch.Tensor | None,
+        shift: int | torch.Tensor = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn query [b, n, s, d] and key [b, g, s, d] by their positions int64 [b, s] (0 .. s-1 where None)."""
-        if positions is None:
-            cos, sin = self._plain(query.size(2), query.device)
+        """Turn query [b, n, s, d] and key [b, g, s, d] by their positions int64 [b, s] (0 .. s-1 where None) + shift."""
+        if positions is None and isinstance(shift, int):
+            cos, sin = self._plain(shift + query.size(2), query.device)
+            cos, sin = cos[shift:], sin[shift:]
         else:
-            cos, sin = self._angles(positions)
+            if positions is None:
+                positions = torch.arange(query.size(2), device=query.device)[None]
+            cos, sin = self._angles(positions + shift)
             cos, sin = cos[:, None], sin[:, None]
         return _turn(query, cos, sin), _turn(key, cos, sin)
 

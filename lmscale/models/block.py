@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from lmscale.models.attention import AttentionInputs, AttentionMasks, CoreAttention
 from lmscale.models.context import ModelContext
 from lmscale.models.cross_attention import CrossAttention
-from lmscale.models.initialization import scale_queries
+from lmscale.models.fused import mark_row_parts
+from lmscale.models.initialization import scale_fused
 from lmscale.models.linear import ColumnParallelLinear, RowParallelLinear
 from lmscale.models.mlp import FeedForward
 from lmscale.models.norm import Norm
@@ -49,13 +51,32 @@ class Stack:
 class TransformerLayer(nn.Module):
     """Sub-layers f around a residual stream: x + f(norm(x)) with pre-norm, norm(x + f(x)) with post-norm.
 
+    What adapts the layer is put into its slots by `edit`: `attention_adapter` and `mlp_adapter` change what a sub-layer
+    adds, `parallel_adapter` adds to what the feed-forward makes of its input; those of its linear layers and core attention
+    are described there.
+
     Shapes: hidden states [b, s, h], or [s/t, b, h] under sequence parallelism.
+
+    Args:
+        context: what the layers share.
+        stack: the layer's.
+        layer_index: in the stack, from 0.
+        edit: called with the layer once it is built.
     """
 
-    def __init__(self, context: ModelContext, stack: Stack, layer_index: int):
+    def __init__(
+        self,
+        context: ModelContext,
+        stack: Stack,
+        layer_index: int,
+        edit: Callable[[TransformerLayer], None] | None = None,
+    ):
         super().__init__()
         self._context, self._stack = context, stack
         self._key = f"{stack.name}.{layer_index}"
+        self.reads: tuple[str, ...] = ()  # names in context.rows.made
+        for slot in ("attention_adapter", "mlp_adapter", "parallel_adapter"):
+            self.register_module(slot, None)
         self._is_pre = context.model.norm_position == "pre"
         with context.weights.layer(self._key):
             self.attention_norm = Norm(context)
@@ -65,7 +86,19 @@ class TransformerLayer(nn.Module):
                 self.cross_attention = self._cross_attention(layer_index)
             self.mlp_norm = Norm(context)
             self.mlp = FeedForward(context, self._key)
+        if edit is not None:
+            edit(self)
         self._run = torch.compile(self._layer) if context.compile else self._layer
+
+    @property
+    def key(self) -> str:
+        """The layer's logical name."""
+        return self._key
+
+    @property
+    def is_pre_norm(self) -> bool:
+        """Whether norms come before the sub-layers."""
+        return self._is_pre
 
     def _self_attention(self, layer_index: int) -> SelfAttention:
         context = self._context
@@ -80,7 +113,9 @@ class TransformerLayer(nn.Module):
             pg_collection=context.groups,
         )
         model = context.model
-        scale_queries(model, attention.linear_qkv.weight, model.num_attention_heads // model.query_groups)
+        heads = model.num_attention_heads // model.query_groups
+        mark_row_parts(attention.linear_qkv, (heads * model.head_size, model.head_size, model.head_size))
+        scale_fused(model, attention.linear_qkv.weight, context.topology.tp_size, has_queries=True)
         return attention
 
     def _cross_attention(self, layer_index: int) -> CrossAttention:
@@ -98,15 +133,18 @@ class TransformerLayer(nn.Module):
             attn_mask_type=AttnMaskType.padding,
             pg_collection=context.groups,
         )
-        scale_queries(context.model, attention.linear_q.weight, heads_per_group=0)
+        mark_row_parts(attention.linear_kv, (context.model.head_size, context.model.head_size))
+        scale_fused(context.model, attention.linear_kv.weight, context.topology.tp_size)
+        scale_fused(context.model, attention.linear_q.weight, context.topology.tp_size, has_queries=True)
         return attention
 
     def forward(self, packed: Packed) -> Packed:
         """Read a packed record, transform its hidden states, pack it again."""
         context = self._context
         record = context.wire.unpack(packed)
-        micro_batch = context.dropout.next_micro_batch(self._key) if self.training and _has_dropout(context) else 0
+        micro_batch = context.dropout.next_micro_batch(self._key) if self.training else 0
         bias = self._stack.bias.value if self._stack.bias is not None else None
+        made = [context.rows.made[name] for name in self.reads]
         if context.recompute == "full" and torch.is_grad_enabled():
             # ZeRO 3 gathers parameters in hooks around each module's backward, which only a reentrant recompute runs.
             hidden = checkpoint(
@@ -116,11 +154,12 @@ class TransformerLayer(nn.Module):
                 bias,
                 record,
                 micro_batch,
+                *made,
                 use_reentrant=context.partitions_parameters,
                 preserve_rng_state=False,
             )
         else:
-            hidden = self._run(record.hidden, record.memory, bias, record, micro_batch)
+            hidden = self._run(record.hidden, record.memory, bias, record, micro_batch, *made)
         return context.wire.pack(record.with_hidden(hidden), at_border=True)
 
     def _layer(
@@ -130,17 +169,26 @@ class TransformerLayer(nn.Module):
         bias: torch.Tensor | None,
         record: Record,
         micro_batch: int,
+        *made: torch.Tensor,
     ) -> torch.Tensor:
         """Run the sub-layers; what needs a gradient comes as an argument of its own, for the reentrant recompute."""
+        rows = self._context.rows
+        rows.ids, rows.micro_batch = record.adapter_ids, micro_batch
+        rows.size = hidden.size(1 if self._context.sequence_parallel else 0)
+        rows.given = dict(zip(self.reads, made, strict=True))
         inputs, cross_inputs = self._inputs(record, bias, micro_batch)
         out, added = self.attention(self._enter(self.attention_norm, hidden), attention_mask=inputs)
-        hidden = self._add(hidden, out, added, micro_batch, "attention_out", self.attention_norm)
+        adapter = self.attention_adapter
+        hidden = self._add(hidden, out, added, micro_batch, "attention_out", self.attention_norm, adapter)
         if self._stack.is_fed:
             entering = self._enter(self.cross_attention_norm, hidden)
             out, added = self.cross_attention(entering, attention_mask=cross_inputs, key_value_states=memory)
             hidden = self._add(hidden, out, added, micro_batch, "cross_attention_out", self.cross_attention_norm)
-        out, added = self.mlp(self._enter(self.mlp_norm, hidden), micro_batch)
-        return self._add(hidden, out, added, micro_batch, "mlp_out", self.mlp_norm)
+        entering = self._enter(self.mlp_norm, hidden)
+        out, added = self.mlp(entering, micro_batch)
+        if self.parallel_adapter is not None:
+            out = out + self.parallel_adapter(entering)
+        return self._add(hidden, out, added, micro_batch, "mlp_out", self.mlp_norm, self.mlp_adapter)
 
     def _inputs(
         self, record: Record, bias: torch.Tensor | None, micro_batch: int
@@ -168,10 +216,14 @@ class TransformerLayer(nn.Module):
         micro_batch: int,
         site: str,
         norm: Norm,
+        adapter: nn.Module | None = None,
     ) -> torch.Tensor:
         if bias is not None:
             out = out + bias
-        total = residual + drop_hidden(self, self._context, out, self._key, micro_batch, site)
+        out = drop_hidden(self, self._context, out, self._key, micro_batch, site)
+        if adapter is not None:
+            out = adapter(out, residual, norm)
+        total = residual + out
         normed: torch.Tensor = total if self._is_pre else norm(total)
         return normed
 
@@ -188,8 +240,3 @@ def drop_hidden(
         return hidden
     context.dropout.seed(hidden.device, key, micro_batch, site, differs_over_tp=context.sequence_parallel)
     return F.dropout(hidden, probability)
-
-
-def _has_dropout(context: ModelContext) -> bool:
-    model = context.model
-    return bool(model.hidden_dropout or model.attention_dropout or model.ffn_dropout)

@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.module import PipelineModule, TiedLayerSpec
 from torch import nn
 
 from lmscale.log import get_logger
+from lmscale.models.block import TransformerLayer
 from lmscale.models.context import ModelContext
 from lmscale.models.decoder import decoder_specs
 from lmscale.models.encoder import encoder_specs
@@ -23,6 +24,8 @@ from lmscale.models.specs import NamedSpecs
 _log = get_logger(__name__)
 
 TIED_MODULES = "tied_modules"
+IDLE = "idle"
+"""Where a pipeline stage keeps the parameters that it is given because it has none of a group."""
 
 
 def model_specs(context: ModelContext) -> NamedSpecs:
@@ -99,8 +102,7 @@ def build_model(
                 layers=[spec for _, spec in specs],
                 topology=topology.deepspeed_grid(),
                 loss_fn=loss,
-                # A stage begins with a layer or, where there is one, with the bias before it.
-                partition_method="type:TransformerLayer|RelativeBias",
+                partition_method=_stage_begins(specs),
             )
     else:
         model = SequentialModel(specs).to(topology.device)
@@ -110,9 +112,54 @@ def build_model(
     return model
 
 
+def _stage_begins(specs: NamedSpecs) -> str:
+    """Name, for PipelineModule, the classes that a stage begins with: one for each transformer layer.
+
+    It is the layer or, where tied layers stand right before it to compute what it reads, the first of these: a stage has
+    to compute them itself.
+    """
+    begins = set()
+    for index, (_, spec) in enumerate(specs):
+        if spec.typename is TransformerLayer:
+            while isinstance(specs[index - 1][1], TiedLayerSpec):
+                index -= 1
+            begins.add(specs[index][1].typename.__name__)
+    return "type:" + "|".join(f"^{name}$" for name in sorted(begins))
+
+
+def add_idle_parameter(model: nn.Module) -> nn.Parameter:
+    """Give a pipeline stage a parameter that its output does not depend on.
+
+    Every stage's optimizer must hold as many groups as the others', and none without a parameter. The gradient is 0, and the
+    parameter is no part of the model: norms, tables and checkpoints leave it out.
+    """
+    parameter = nn.Parameter(torch.zeros(1, device=next(model.parameters()).device))
+    if not hasattr(model, IDLE):
+        setattr(model, IDLE, nn.ParameterList())
+    getattr(model, IDLE).append(parameter)
+    functions: list[Callable[[Any], Any]] = model.forward_funcs  # type: ignore[assignment]
+    last = functions[-1]
+
+    def idling(packed: Any) -> Any:
+        out = last(packed)
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        first = first + (parameter * 0.0).to(first.dtype)
+        return (first, *rest) if isinstance(out, tuple) else first
+
+    functions[-1] = idling
+    return parameter
+
+
+def untie_frozen(model: nn.Module) -> None:
+    """Take tied parameters that are not trained out of what a pipeline reduces; with bf16 it asks each for its gradient."""
+    for comm in getattr(model, "tied_comms", {}).values():
+        names = [name for name in comm["weight_attr"] if comm["module"].get_parameter(name).requires_grad]
+        comm["weight_attr"] = names
+
+
 def logical_prefixes(specs: NamedSpecs) -> dict[str, str]:
     """Map the engines' module prefixes ("3", "tied_modules.word_embedding") to logical names ("layers.1", ...)."""
-    prefixes: dict[str, str] = {}
+    prefixes: dict[str, str] = {IDLE: IDLE}
     for index, (name, spec) in enumerate(specs):
         if isinstance(spec, TiedLayerSpec):
             prefixes.setdefault(f"{TIED_MODULES}.{spec.key}", spec.key)

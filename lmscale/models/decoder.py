@@ -7,11 +7,11 @@ from deepspeed.runtime.pipe.module import LayerSpec
 from lmscale.models.block import Stack
 from lmscale.models.context import ModelContext
 from lmscale.models.embedding import FinalNorm, InputEmbedding
-from lmscale.models.specs import NamedSpecs, head, layers, named, word_embedding
+from lmscale.models.specs import NamedSpecs, head, layers, named, task_head, word_embedding
 
 
 def decoder_specs(context: ModelContext) -> NamedSpecs:
-    """List the layers: word embedding, input embedding, transformer layers, final norm (pre-norm), head."""
+    """List the layers: word embedding, input embedding, transformer layers, final norm (pre-norm), head or a task's head."""
     specs = [
         word_embedding(context),
         named("input_embedding", LayerSpec(InputEmbedding, context)),
@@ -19,4 +19,4 @@ def decoder_specs(context: ModelContext) -> NamedSpecs:
     ]
     if context.model.norm_position == "pre":
         specs.append(named("final_norm", LayerSpec(FinalNorm, context)))
-    return [*specs, head(context)]
+    return [*specs, head(context) if context.head is None else task_head(context)]

@@ -32,8 +32,16 @@ class Dense(nn.Module):
         return linear(hidden, self.weight, self.bias)
 
 
+def first_token(hidden: torch.Tensor, prompt_places: torch.Tensor | None) -> torch.Tensor:
+    """Take the state of each row's first token, behind a trained prompt: [b, s, h] -> [b, 1, h]."""
+    if prompt_places is None:
+        return hidden[:, :1]
+    first = (prompt_places < 0).int().argmax(dim=1)
+    return hidden.gather(1, first[:, None, None].expand(-1, 1, hidden.size(2)))
+
+
 class MaskedHead(nn.Module):
-    """norm(activation(dense(hidden at masked positions))), and the next-sentence logits of the first position.
+    """norm(activation(dense(hidden at masked positions))), and the next-sentence logits of the first token.
 
     Every tensor-parallel rank computes the same; the multiplication with the word table that follows is split.
 
@@ -68,7 +76,8 @@ class MaskedHead(nn.Module):
         masked = self.norm(self._activation(self.dense(masked)))
         sentence_logits = None
         if self.pooler is not None and self.next_sentence is not None:
-            sentence_logits = self.next_sentence(torch.tanh(self.pooler(hidden[:, 0])))
+            first = first_token(hidden, record.prompt_places)[:, 0]
+            sentence_logits = self.next_sentence(torch.tanh(self.pooler(first)))
         return context.wire.pack(replace(record, hidden=masked, sentence_logits=sentence_logits))
 
 

@@ -21,25 +21,49 @@ from lmscale.parallel.device import multiplies_slowly
 
 
 class ColumnParallelLinear(MegatronColumnParallelLinear):
-    """Y = X A^T + b with A split along its output rows."""
+    """Y = X A^T + b with A split along its output rows; plus what `lora` makes of X and what `row_bias` adds to rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_module("lora", None)
+        self.register_module("row_bias", None)
 
     def forward(
         self, input_: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Multiply; return (output, bias still to be added or None)."""
         if self.tp_group.size() == 1:
-            return linear(input_, self.weight, self.bias), None
-        return super().forward(input_, *args, **kwargs)
+            out, bias = linear(input_, self.weight, self.bias), None
+        else:
+            out, bias = super().forward(input_, *args, **kwargs)
+        out = out if self.lora is None else out + self.lora(input_)
+        return (out if self.row_bias is None else out + self.row_bias()), bias
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Multiply; megatron-core's kernel for a frozen matrix gives the bias that it adds no gradient, so it is added here."""
+        bias = kwargs.get("bias")
+        if weight.requires_grad or bias is None or not bias.requires_grad:
+            made: torch.Tensor = super()._forward_impl(input, weight, *args, **kwargs)
+            return made
+        return super()._forward_impl(input, weight, *args, **{**kwargs, "bias": None}) + bias
 
 
 class RowParallelLinear(MegatronRowParallelLinear):
-    """Y = X A^T + b with A split along its input columns."""
+    """Y = X A^T + b with A split along its input columns; plus what `lora` makes of X and what `row_bias` adds to rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_module("lora", None)
+        self.register_module("row_bias", None)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Multiply; return (output, bias still to be added or None)."""
         if self.tp_group.size() == 1:
-            return linear(input_, self.weight, self.bias), None
-        return super().forward(input_)
+            out, bias = linear(input_, self.weight, self.bias), None
+        else:
+            out, bias = super().forward(input_)
+        out = out if self.lora is None else out + self.lora(input_)
+        return (out if self.row_bias is None else out + self.row_bias()), bias
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from lmscale.batch import IS_RANDOM_NEXT, LOSS_MASK
-from lmscale.config.objective import T5Config
+from lmscale.config.objective import T5Config, TextToTextConfig
 from lmscale.models.context import ModelContext
 
 CHUNK_BYTES = 4 * 2**20
 """Logits worked on at a time, in fp32: they stay in a core's cache, and no second array of their size is made."""
+
+
+Observer = Callable[[Any, tuple[torch.Tensor, ...]], None]
+"""Called with the outputs and the labels of a micro batch, on the last stage, before the loss overwrites the logits."""
+
+
+class Loss(Protocol):
+    """What the engine asks of a loss."""
+
+    observer: Observer | None
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Count what the losses of a micro batch are means over."""
+        ...
+
+    def __call__(self, outputs: Any, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Compute the weighted loss."""
+        ...
 
 
 class LanguageModelLoss:
@@ -25,11 +44,14 @@ class LanguageModelLoss:
     """
 
     def __init__(self, context: ModelContext):
+        self.observer: Observer | None = None
         self._vocab_size = context.model.vocab_size
         self._tp_group = context.groups.tp
         objective = context.objective
-        self._z_loss = objective.z_loss if isinstance(objective, T5Config) else 0.0
-        self._counts_padding = isinstance(objective, T5Config) and objective.loss_denominator == "padded"
+        is_of_t5 = isinstance(objective, T5Config | TextToTextConfig)
+        self._z_loss = objective.z_loss if is_of_t5 else 0.0
+        self._counts_padding = is_of_t5 and objective.loss_denominator == "padded"
+        self._smoothing = context.label_smoothing
 
     def counts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Count what the losses of a micro batch are means over: float32 [1 or 2], labels and sentence pairs."""
@@ -52,8 +74,10 @@ class LanguageModelLoss:
         """
         logits, sentence_logits = outputs if isinstance(outputs, tuple) else (outputs, None)
         targets, loss_mask, *pairs, weight = labels
+        if self.observer is not None:
+            self.observer(outputs, labels)
         total: torch.Tensor = VocabParallelCrossEntropy.apply(
-            logits, targets, loss_mask, self._vocab_size, self._tp_group, self._z_loss
+            logits, targets, loss_mask, self._vocab_size, self._tp_group, self._z_loss, self._smoothing
         )
         if sentence_logits is None:
             return total * weight[0]
@@ -62,12 +86,15 @@ class LanguageModelLoss:
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """sum_i mask_i (log Z_i - z_i,target + z_loss (log Z_i)^2), log Z_i = log sum_j exp(z_ij).
+    """sum_i mask_i (log Z_i - sum_j p_ij z_ij + z_loss (log Z_i)^2), log Z_i = log sum_j exp(z_ij).
 
-    The sum is over the first vocab_size logits; padded rows take no part. The z-loss is added in training only.
+    p_ij is 1 - e for the target and e / v more for each of the v entries, e the label smoothing. The sums are over the first
+    vocab_size logits; padded rows take no part. Smoothing and z-loss are of training only.
 
-    Overwrites the logits with their gradient (softmax minus one-hot, times the mask) while it computes the loss, so a
+    Overwrites the logits with their gradient (softmax minus p, times the mask) while it computes the loss, so a
     training step holds one array of logits' size; with gradients off, the logits are left as they are.
+
+    Source: Szegedy et al. 2016, arXiv:1512.00567, sec. 7, of label smoothing.
     """
 
     @staticmethod
@@ -79,13 +106,15 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         tp_group: dist.ProcessGroup,
         z_loss: float = 0.0,
+        smoothing: float = 0.0,
     ) -> torch.Tensor:
         """Compute the summed loss, and the gradient in place."""
         logits_2d = logits.detach().view(-1, logits.size(-1))
         shard = _Shard(logits_2d.size(1), vocab_size, tp_group)
         targets_1d, mask_1d = targets.reshape(-1), loss_mask.reshape(-1)
         needs_grad = ctx.needs_input_grad[0]
-        shard.z_loss = z_loss if needs_grad else 0.0
+        if needs_grad:
+            shard.z_loss, shard.smoothing = z_loss, smoothing
         if tp_group.size() == 1:
             total = _one_pass(logits_2d, targets_1d, mask_1d, shard, needs_grad)
         else:
@@ -97,7 +126,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradient that forward left behind."""
         (grad_logits,) = ctx.saved_tensors
-        return grad_logits.detach().mul_(grads[0]), None, None, None, None, None
+        return grad_logits.detach().mul_(grads[0]), None, None, None, None, None, None
 
 
 class _Shard:
@@ -107,8 +136,15 @@ class _Shard:
         self.first = columns * tp_group.rank()
         self.valid = max(0, min(columns, vocab_size - self.first))
         self.columns = columns
+        self.vocab_size = vocab_size
         self.tp_group = tp_group
         self.z_loss = 0.0
+        self.smoothing = 0.0
+
+    @property
+    def share(self) -> float:
+        """What label smoothing gives each entry."""
+        return self.smoothing / self.vocab_size
 
     def chunks(self, rows: int) -> list[slice]:
         step = max(1, CHUNK_BYTES // (4 * self.columns))
@@ -130,7 +166,10 @@ def _one_pass(
         log_probs = torch.log_softmax(block, dim=-1, dtype=torch.float32)
         columns = targets[rows, None]
         chosen = log_probs.gather(1, columns).squeeze(1)
-        total -= (chosen * mask[rows]).sum()
+        likelihood = chosen
+        if shard.smoothing:
+            likelihood = (1.0 - shard.smoothing) * chosen + shard.share * log_probs.sum(dim=-1)
+        total -= (likelihood * mask[rows]).sum()
         scale = None
         if shard.z_loss:
             log_normalizer = block.gather(1, columns).squeeze(1).float() - chosen
@@ -140,7 +179,9 @@ def _one_pass(
             grad = log_probs.exp_()
             if scale is not None:
                 grad.mul_(scale)
-            grad.scatter_add_(1, columns, grad.new_full((), -1.0).expand(columns.shape))
+            if shard.smoothing:
+                grad.sub_(shard.share)
+            grad.scatter_add_(1, columns, grad.new_full((), shard.smoothing - 1.0).expand(columns.shape))
             torch.mul(grad, mask[rows, None], out=block) if block.dtype == grad.dtype else block.copy_(
                 grad.mul_(mask[rows, None])
             )
@@ -159,10 +200,12 @@ def _two_passes(
     if shard.valid:
         highest = logits[:, : shard.valid].amax(dim=-1).float()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.tp_group)
-    sums = torch.zeros(2, rows_total, dtype=torch.float32, device=logits.device)
+    sums = torch.zeros(2, rows_total, dtype=torch.float32, device=logits.device)  # of exp(z), of p z
     for rows in shard.chunks(rows_total) if shard.valid else []:
         block = logits[rows, : shard.valid].float() - highest[rows, None]
-        sums[1, rows] = block.gather(1, columns[rows, None]).squeeze(1) * mine[rows]
+        sums[1, rows] = (1.0 - shard.smoothing) * block.gather(1, columns[rows, None]).squeeze(1) * mine[rows]
+        if shard.smoothing:
+            sums[1, rows] += shard.share * block.sum(dim=-1)
         sums[0, rows] = block.exp_().sum(dim=-1)
     dist.all_reduce(sums, group=shard.tp_group)
     log_normalizer = sums[0].log()
@@ -173,10 +216,38 @@ def _two_passes(
             grad = (block.float() - shift[rows, None]).exp_()
             if shard.z_loss:
                 grad.mul_(1.0 + 2.0 * shard.z_loss * shift[rows, None])
-            grad.scatter_add_(1, columns[rows, None], -mine[rows, None].float())
+            if shard.smoothing:
+                grad.sub_(shard.share)
+            grad.scatter_add_(1, columns[rows, None], (shard.smoothing - 1.0) * mine[rows, None].float())
             block.copy_(grad.mul_(mask[rows, None]))
         logits[:, shard.valid :] = 0.0
     losses = log_normalizer - sums[1]
     if shard.z_loss:
         losses = losses + shard.z_loss * shift.square()
     return (losses * mask).sum()
+
+
+@torch.no_grad()
+def token_log_likelihoods(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, tp_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Compute log p of each target; the logits are left as they are.
+
+    Shapes: logits [b, l, v/t]; targets int64 [b, l]; result fp32 [b, l], the same on every tensor-parallel rank.
+    Collectives: two all-reduces over the tensor-parallel group where it has several ranks.
+    """
+    rows = logits.view(-1, logits.size(-1))
+    shard = _Shard(rows.size(1), vocab_size, tp_group)
+    column, mine = shard.local(targets.reshape(-1))
+    valid = rows[:, : shard.valid].float()
+    highest = valid.amax(dim=-1) if shard.valid else rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
+    if tp_group.size() > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp_group)
+    sums = torch.zeros(2, len(rows), dtype=torch.float32, device=rows.device)
+    if shard.valid:
+        shifted = valid - highest[:, None]
+        sums[0] = shifted.exp().sum(dim=-1)
+        sums[1] = shifted.gather(1, column[:, None]).squeeze(1) * mine
+    if tp_group.size() > 1:
+        dist.all_reduce(sums, group=tp_group)
+    return (sums[1] - sums[0].log()).view(targets.shape)

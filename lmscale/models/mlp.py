@@ -10,6 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lmscale.models.context import ModelContext
+from lmscale.models.fused import mark_row_parts
+from lmscale.models.initialization import scale_fused
 from lmscale.models.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -29,6 +31,10 @@ class FeedForward(MegatronMLP):
             ffn_hidden_size=context.transformer.ffn_hidden_size,
             tp_group=context.groups.tp,
         )
+        if context.model.is_gated:
+            rows = self.linear_fc1.weight.size(0) // 2
+            mark_row_parts(self.linear_fc1, (rows, rows))
+            scale_fused(context.model, self.linear_fc1.weight, context.topology.tp_size)
         self._context, self._key = context, key
         self._recompute = context.recompute == "selective"
 

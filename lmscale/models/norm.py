@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,8 @@ class Norm(nn.Module):
     rank sees its part of the sequence, so these parameters' gradients are partial sums: they are marked
     `sequence_parallel`, and `models.build` sums them over the tensor-parallel group.
 
+    `row_bias`, where it is put, adds to the rows of a batch.
+
     Shapes: input and output [..., h].
 
     Args:
@@ -28,6 +32,7 @@ class Norm(nn.Module):
         is_split = is_split and context.sequence_parallel
         hidden_size = context.model.hidden_size
         self.eps = context.model.norm_eps
+        self._apex = _apex_functions() if context.apex_norms else None
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.weight.sequence_parallel = is_split  # type: ignore[attr-defined]
         if context.model.normalization == "layernorm":
@@ -35,9 +40,26 @@ class Norm(nn.Module):
             self.bias.sequence_parallel = is_split  # type: ignore[attr-defined]
         else:
             self.register_parameter("bias", None)
+        self.register_module("row_bias", None)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalize the last dimension."""
+        out = self._normalized(hidden)
+        return out if self.row_bias is None else out + self.row_bias()
+
+    def _normalized(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._apex is not None:
+            layer_norm, rms_norm = self._apex
+            if self.bias is None:
+                return rms_norm(hidden, self.weight, self.weight.shape, self.eps)
+            return layer_norm(hidden, self.weight, self.bias, self.weight.shape, self.eps)
         if self.bias is None:
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def _apex_functions() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """Import apex's layer norm and RMS norm, which take the statistics in fp32 as torch's do."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine, fused_rms_norm_affine
+
+    return fused_layer_norm_affine, fused_rms_norm_affine

@@ -12,6 +12,7 @@ from lmscale.models.block import Stack, TransformerLayer
 from lmscale.models.context import ModelContext
 from lmscale.models.embedding import WORD_EMBEDDING, UntiedHead, WordEmbedding, tied_head
 from lmscale.models.relative_bias import RelativeBias
+from lmscale.models.task_head import TASK_HEAD, TaskHead
 from lmscale.models.wire import Packed
 
 NamedSpec = tuple[str, LayerSpec]
@@ -39,6 +40,11 @@ def head(context: ModelContext) -> NamedSpec:
     """Make logits with the word table, or with a matrix of their own."""
     tied = context.model.tied_head
     return "head", tied_embedding(context, tied_head) if tied else LayerSpec(UntiedHead, context)
+
+
+def task_head(context: ModelContext) -> NamedSpec:
+    """Put a task's head in the place of the language-model head."""
+    return TASK_HEAD, LayerSpec(TaskHead, context)
 
 
 def layers(context: ModelContext, stack: Stack) -> NamedSpecs:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lmscale.config.model import ModelConfig
-from lmscale.models.initialization import matrix_init, residual_std
+from lmscale.models.initialization import matrix_init
 from lmscale.parallel.seeds import WeightInit
 
 
@@ -52,7 +52,7 @@ def build_transformer_config(
         attention_dropout=model.attention_dropout,
         softmax_scale=None if model.scaled_scores else 1.0,
         init_method=matrix_init(model, weights),
-        output_layer_init_method=matrix_init(model, weights, residual_std(model)),
+        output_layer_init_method=matrix_init(model, weights, is_residual=True),
         tensor_model_parallel_size=tp_size,
         sequence_parallel=sequence_parallel,
         params_dtype=torch.float32,

@@ -14,6 +14,7 @@ import torch
 from lmscale import batch
 from lmscale.config.model import ModelConfig
 from lmscale.config.objective import CausalLMConfig, ObjectiveConfig
+from lmscale.plan.adaptation import Head
 
 Packed = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -41,6 +42,8 @@ class Record:
     decoder_tokens: torch.Tensor | None = None
     decoder_positions: torch.Tensor | None = None
     decoder_document_ids: torch.Tensor | None = None
+    prompt_places: torch.Tensor | None = None
+    adapter_ids: torch.Tensor | None = None
 
     def with_hidden(self, hidden: torch.Tensor) -> Record:
         """Return the record with other hidden states."""
@@ -117,6 +120,9 @@ def build_wire(
     packs_examples: bool = False,
     joins_memory: bool = False,
     sequence_parallel: bool = False,
+    has_prompt: bool = False,
+    tells_rows_apart: bool = False,
+    head: Head | None = None,
 ) -> Wire:
     """Choose what a run's layers exchange.
 
@@ -127,22 +133,32 @@ def build_wire(
         packs_examples: rows of an encoder-decoder model hold several examples, whose positions restart.
         joins_memory: there is a pipeline.
         sequence_parallel: hidden states are [s/t, b, h].
+        has_prompt: trained vectors stand in the place of some tokens.
+        tells_rows_apart: each row names the adaptation that it is computed with.
+        head: in the place of the language-model head.
     """
     labels = (batch.LABELS, batch.LOSS_MASK)
-    if model.has_decoder_stack:
+    if model.has_decoder_stack and head is not None:
+        carried = (batch.DOCUMENT_IDS,)
+    elif model.has_decoder_stack:
         carried = (batch.DOCUMENT_IDS, batch.DECODER_TOKENS, batch.DECODER_DOCUMENT_IDS)
         carried += (batch.POSITIONS, batch.DECODER_POSITIONS) if packs_examples else ()
     elif model.is_encoder_only:
-        carried = (batch.DOCUMENT_IDS, batch.MASKED_POSITIONS)
+        carried = (batch.DOCUMENT_IDS,) if head else (batch.DOCUMENT_IDS, batch.MASKED_POSITIONS)
         carried += (batch.TOKEN_TYPES,) if objective.name == "bert" else ()
-        labels += (batch.IS_RANDOM_NEXT,) if model.next_sentence_head else ()
+        labels += (batch.IS_RANDOM_NEXT,) if model.next_sentence_head and head is None else ()
     else:
         carried = (batch.POSITIONS, batch.DOCUMENT_IDS) if isolates_documents else ()
+        carried += (batch.DOCUMENT_IDS,) if head and not isolates_documents else ()
         is_prefix_lm = isinstance(objective, CausalLMConfig) and objective.prefix_lm
         carried += (batch.IS_PREFIX,) if is_prefix_lm else ()
+    if head is not None and head.kind == "value":
+        labels = (batch.TARGETS, batch.LOSS_MASK)
+    carried += (batch.PROMPT_PLACES,) if has_prompt else ()
+    carried += (batch.ADAPTER_IDS,) if tells_rows_apart else ()
     return Wire(
         carried=tuple(field.name for field in carried),
         label_names=tuple(field.name for field in labels),
-        joins_memory=joins_memory and model.has_decoder_stack,
+        joins_memory=joins_memory and model.has_decoder_stack and head is None,
         sequence_dim=0 if sequence_parallel else 1,
     )

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lmscale.errors import RunError
+from lmscale.errors import OutputError
 from lmscale.log import get_logger
 from lmscale.monitor.atomic import replaced
 from lmscale.monitor.metrics import Record
@@ -26,7 +26,7 @@ class JsonlWriter:
             torn or not JSON with them. None is a new run and keeps nothing.
 
     Raises:
-        RunError: if the file cannot be written.
+        OutputError: if the file cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int | None = None):
@@ -60,8 +60,8 @@ class JsonlWriter:
         """Close the file."""
         self._file.close()
 
-    def _failure(self, error: OSError) -> RunError:
-        return RunError(f"cannot be written: {error.strerror}", field=str(self._path))
+    def _failure(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot be written: {error.strerror}", field=str(self._path))
 
 
 def cut_records(path: Path, resume_step: int | None) -> None:

@@ -31,6 +31,8 @@ def write_manifest(
 ) -> None:
     """Write a run's manifest, atomically. A start of the same run before this one is kept under "earlier_starts".
 
+    What `add_restart` has noted stays, and the last restart is told the step that this start goes on from.
+
     Args:
         path: output_dir/manifest.json.
         config: the resolved config; its hash is that of the text in config.yaml.
@@ -39,7 +41,9 @@ def write_manifest(
         extra: more keys, or other values: "data" (hashes of the corpora), "hosts" (all hosts, rank 0's alone if left
             out), "resume_step".
     """
-    earlier = _earlier_starts(path)
+    earlier, restarts = _earlier_starts(path)
+    if restarts and restarts[-1]["resumed_step"] is None:
+        restarts[-1]["resumed_step"] = (extra or {}).get("resume_step")
     manifest = {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -49,8 +53,30 @@ def write_manifest(
         "hosts": [socket.gethostname()],
         "command": list(command),
         **(extra or {}),
+        "restarts": restarts,
         "earlier_starts": earlier,
     }
+    _write(path, manifest)
+
+
+def add_restart(path: Path, status: int, reason: str) -> None:
+    """Note in a run's manifest that it is about to be started again; the new start fills in the step it resumes from.
+
+    Args:
+        path: output_dir/manifest.json.
+        status: of the start that ended.
+        reason: why it did, in a line.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    manifest = _read(path)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"time": now, "status": status, "reason": reason, "resumed_step": None}
+    _write(path, {**manifest, "restarts": [*manifest.get("restarts", []), entry]})
+
+
+def _write(path: Path, manifest: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as file:
         file.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
@@ -99,12 +125,16 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        previous = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []
-    if not isinstance(previous, dict):
-        return []
-    earlier = previous.pop("earlier_starts", [])
-    return [*earlier, previous]
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _earlier_starts(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the starts and the restarts before this start."""
+    previous = _read(path)
+    earlier, restarts = previous.pop("earlier_starts", []), previous.pop("restarts", [])
+    return [*earlier, previous] if previous else earlier, restarts

@@ -25,7 +25,20 @@ PERF_HFU_FRACTION = "perf/hfu_fraction"
 PERF_STEP_TIME_S = "perf/step_time_s"
 PERF_DATA_WAIT_FRACTION = "perf/data_wait_fraction"
 MEMORY_PEAK_BYTES = "memory/peak_bytes"
+MEMORY_PARAMETER_BYTES = "memory/parameter_bytes"
+MEMORY_GRADIENT_BYTES = "memory/gradient_bytes"
+MEMORY_OPTIMIZER_BYTES = "memory/optimizer_bytes"
+CHECKPOINT_STALL_S = "checkpoint/stall_s"
+CHECKPOINT_FAILED_SAVES = "checkpoint/failed_saves"
 PROGRESS_CONSUMED_TOKENS = "progress/consumed_tokens"
+FAULTS_SKIP = "faults/skip"
+FAULTS_REWIND = "faults/rewind"
+FAULTS_STOP = "faults/stop"
+FAULTS_NOTED = "faults/noted"
+FAULTS_NON_FINITE = "faults/non_finite"
+FAULTS_LOSS_SPIKE = "faults/loss_spike"
+FAULTS_GRAD_NORM_SPIKE = "faults/grad_norm_spike"
+FAULTS_OVERFLOW_STORM = "faults/overflow_storm"
 
 BY_TOKENS_SUFFIX = "_by_tokens"
 
@@ -49,7 +62,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(TRAIN_LR, "", "same", "learning rate of the step"),
     Metric(TRAIN_LOSS_SCALE, "", "same", "loss scale of the step, fp16 only"),
     Metric(TRAIN_GLOBAL_BATCH_SIZE, "sequences", "same", "global batch size of the step"),
-    Metric(TRAIN_SKIPPED_STEPS, "steps", "same", "steps skipped for overflow since the start of the run"),
+    Metric(TRAIN_SKIPPED_STEPS, "steps", "same", "steps without an update: overflows, faults, train.skip_steps"),
     Metric("valid/<corpus>/lm_loss", "nats/token", "sum", "mean cross entropy on a held-out corpus"),
     Metric("valid/<corpus>/perplexity", "", "same", "exp of that"),
     Metric(PERF_TOKENS_PER_SECOND, "tokens/s", "same", "tokens trained in the window over its time"),
@@ -60,7 +73,27 @@ METRICS: tuple[Metric, ...] = (
     Metric(PERF_STEP_TIME_S, "s", "same", "mean time of a step in the window, evaluation and saving left out"),
     Metric(PERF_DATA_WAIT_FRACTION, "", "max", "share of the window's time spent waiting for data"),
     Metric(MEMORY_PEAK_BYTES, "bytes", "max", "most device memory allocated so far"),
+    Metric(MEMORY_PARAMETER_BYTES, "bytes", "max", "weights that forward and backward read; with the first record"),
+    Metric(MEMORY_GRADIENT_BYTES, "bytes", "max", "the most gradients held in the first update; with the first record"),
+    Metric(MEMORY_OPTIMIZER_BYTES, "bytes", "max", "moments and fp32 master weights; with the first record"),
+    Metric(CHECKPOINT_STALL_S, "s", "max", "time that training has stood for saves since this start"),
+    Metric(CHECKPOINT_FAILED_SAVES, "saves", "same", "saves that have failed since this start"),
     Metric(PROGRESS_CONSUMED_TOKENS, "tokens", "same", "consumed samples x nominal length"),
+    Metric(
+        FAULTS_SKIP,
+        "updates",
+        "same",
+        "withheld by the fault policy so far; with the record of a fault, as all of these",
+    ),
+    Metric(FAULTS_REWIND, "rewinds", "same", "to a checkpoint so far; with the first record behind it"),
+    Metric(FAULTS_STOP, "stops", "same", "1 where the policy ends the run"),
+    Metric(FAULTS_NOTED, "faults", "same", "about which nothing was to be done, so far"),
+    Metric(
+        FAULTS_NON_FINITE, "", "same", "there where the step's loss or gradient norm is not finite, itself never finite"
+    ),
+    Metric(FAULTS_LOSS_SPIKE, "", "same", "robust z-score of the step's loss, where it is a spike"),
+    Metric(FAULTS_GRAD_NORM_SPIKE, "", "same", "robust z-score of the step's gradient norm, where it is a spike"),
+    Metric(FAULTS_OVERFLOW_STORM, "steps", "same", "that overflowed, where they are a storm"),
 )
 
 

@@ -3,7 +3,7 @@
     step_time_s                 = active_s / steps
     tokens_per_second           = tokens / active_s               over all devices
     ..._per_device              = that / num_devices
-    model_flops_per_second_...  = tokens_per_second_per_device * model_flops_per_token
+    model_flops_per_second_...  = tokens_per_second_per_device * model_flops_per_token, each step with its own length
     mfu_fraction                = that / peak of one device
     hfu_fraction                = tokens_per_second_per_device * hardware_flops_per_token / peak
     data_wait_fraction          = waiting_s / active_s
@@ -46,6 +46,8 @@ class Throughput:
         self._clock = clock
         self._pause_depth = 0
         self._paused_since_s = 0.0
+        self.trained_s = 0.0
+        """Seconds of all closed windows together."""
         self.restart()
 
     def restart(self) -> None:
@@ -53,15 +55,20 @@ class Throughput:
         self._start_s = self._clock()
         self._paused_s = self._waiting_s = 0.0
         self._steps = self._tokens = 0
+        self._model_flops = self._hardware_flops = 0.0
 
-    def step_done(self, tokens: int) -> None:
+    def step_done(self, tokens: int, work: Work | None = None) -> None:
         """Count a step.
 
         Args:
             tokens: tokens of the step over all devices: global batch size x nominal length.
+            work: what a token of this step costs, where its length is not the run's.
         """
+        work = work or self._work
         self._steps += 1
         self._tokens += tokens
+        self._model_flops += tokens * work.model_flops_per_token
+        self._hardware_flops += tokens * work.hardware_flops_per_token
 
     def pause(self) -> None:
         """Stop the clock; pauses nest."""
@@ -102,6 +109,7 @@ class Throughput:
             ranks by its maximum.
         """
         active_s = self._clock() - self._start_s - self._paused_s
+        self.trained_s += active_s if self._steps else 0.0
         found = self._metrics(active_s) if self._steps and active_s > 0 else {}
         self.restart()
         return found
@@ -110,15 +118,18 @@ class Throughput:
         work = self._work
         tokens_per_second = self._tokens / active_s
         per_device = tokens_per_second / work.num_devices
+        model_flops, hardware_flops = (
+            flops / active_s / work.num_devices for flops in (self._model_flops, self._hardware_flops)
+        )
         found = {
             metrics.PERF_TOKENS_PER_SECOND: tokens_per_second,
             metrics.PERF_TOKENS_PER_SECOND_PER_DEVICE: per_device,
-            metrics.PERF_MODEL_FLOPS_PER_SECOND_PER_DEVICE: per_device * work.model_flops_per_token,
+            metrics.PERF_MODEL_FLOPS_PER_SECOND_PER_DEVICE: model_flops,
             metrics.PERF_STEP_TIME_S: active_s / self._steps,
             metrics.PERF_DATA_WAIT_FRACTION: self._waiting_s / active_s,
         }
         peak = work.peak_flops_per_second_per_device
         if peak is not None:
-            found[metrics.PERF_MFU_FRACTION] = per_device * work.model_flops_per_token / peak
-            found[metrics.PERF_HFU_FRACTION] = per_device * work.hardware_flops_per_token / peak
+            found[metrics.PERF_MFU_FRACTION] = model_flops / peak
+            found[metrics.PERF_HFU_FRACTION] = hardware_flops / peak
         return found

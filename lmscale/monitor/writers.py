@@ -10,6 +10,7 @@ from lmscale.monitor import megatron_names, metrics
 from lmscale.monitor.jsonl_writer import JsonlWriter
 from lmscale.monitor.metrics import Record
 from lmscale.monitor.tensorboard_writer import TensorBoardWriter
+from lmscale.monitor.tolerant import Tolerant
 from lmscale.monitor.wandb_writer import WandbWriter
 
 __all__ = ["JsonlWriter", "TensorBoardWriter", "WandbWriter", "Writer", "build_writers"]
@@ -31,6 +32,8 @@ class Writer(Protocol):
 def build_writers(monitor: MonitorConfig, output_dir: Path | str, resume_step: int | None = None) -> list[Writer]:
     """Open the writers of a run, after cutting what they hold back to the step that the run continues from.
 
+    From then on a record that cannot be written is told and ends nothing.
+
     Args:
         monitor: which writers, and whether Megatron-DeepSpeed's names are written beside ours.
         output_dir: the run's directory: metrics.jsonl and tensorboard/ are in it.
@@ -38,7 +41,7 @@ def build_writers(monitor: MonitorConfig, output_dir: Path | str, resume_step: i
 
     Raises:
         ConfigError: if W&B is asked for and not installed.
-        RunError: if metrics.jsonl cannot be written.
+        OutputError: if metrics.jsonl cannot be written.
     """
     directory = Path(output_dir)
     series = [metrics.points, megatron_names.points] if monitor.megatron_names else [metrics.points]
@@ -49,4 +52,4 @@ def build_writers(monitor: MonitorConfig, output_dir: Path | str, resume_step: i
     writers.append(JsonlWriter(directory / "metrics.jsonl", resume_step))
     if monitor.tensorboard:
         writers.append(TensorBoardWriter(directory / "tensorboard", resume_step, series))
-    return writers
+    return [Tolerant(writer) for writer in writers]

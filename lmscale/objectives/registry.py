@@ -13,6 +13,7 @@ from lmscale.objectives.bert import Bert
 from lmscale.objectives.causal_lm import CausalLM
 from lmscale.objectives.roberta import Roberta
 from lmscale.objectives.t5 import T5
+from lmscale.objectives.text_to_text import TextToText
 
 _BUILDERS: dict[str, Callable[[Any, SampleLengths, Vocabulary], Objective]] = {
     "causal_lm": lambda config, lengths, vocabulary: CausalLM(config.prefix_lm),
@@ -20,6 +21,7 @@ _BUILDERS: dict[str, Callable[[Any, SampleLengths, Vocabulary], Objective]] = {
     "roberta": Roberta,
     "bart": Bart,
     "t5": T5,
+    "text_to_text": TextToText,
 }
 
 

@@ -1,33 +1,75 @@
-"""The global batch size, and from it the number of steps, as pure functions of the samples consumed.
-
-A ramp has few stages (at most global_batch_size / start), so every question about steps is answered by walking the
-stages, never the steps.
-"""
+"""The size of a step, batch times sequence length, as a pure function of the samples and tokens consumed before it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from lmscale.config.data import SeqLengthStage
 from lmscale.config.optim import BatchConfig
+from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError
 
 
-def batch_size_at(consumed_samples: int, batch: BatchConfig) -> int:
+class StepSize(NamedTuple):
+    """How much a step consumes."""
+
+    batch_size: int
+    """Samples of the global batch."""
+    seq_length: int
+    """Nominal tokens of a sample: its length, or the encoder's and the decoder's together."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return self.batch_size * self.seq_length
+
+
+class Sizes(NamedTuple):
+    """What decides the sizes of a run's steps."""
+
+    batch: BatchConfig
+    """The full batch, its ramp or its stages."""
+    seq_length: int
+    """Nominal tokens of a sample at full length."""
+    stages: tuple[SeqLengthStage, ...] = ()
+    """Shorter lengths that come first."""
+
+    def at(self, consumed_samples: int, consumed_tokens: int) -> StepSize:
+        """Return the size of the step that starts there."""
+        return StepSize(
+            batch_size_at(consumed_samples, self.batch, consumed_tokens),
+            seq_length_at(consumed_tokens, self.stages, self.seq_length),
+        )
+
+
+def sizes_of(config: RunConfig) -> Sizes:
+    """Take from a run what decides the sizes of its steps."""
+    return Sizes(config.batch, config.lengths.nominal, tuple(config.data.seq_length_stages))
+
+
+def batch_size_at(consumed_samples: int, batch: BatchConfig, consumed_tokens: int = 0) -> int:
     """Compute the global batch size, in sequences, of the step that starts at `consumed_samples`.
 
-        min(global_batch_size, start + increment * floor(consumed_samples * n / ramp_samples)),
-        n = (global_batch_size - start) / increment
+        ramp:     min(global_batch_size, start + increment * floor(consumed_samples * n / ramp_samples)),
+                  n = (global_batch_size - start) / increment
+        stages:   that of the first stage whose until_tokens is above consumed_tokens, else global_batch_size
 
-    Megatron's rule, in integers: Megatron divides by the float ramp_samples / n, which can round across a border.
+    The ramp is Megatron's rule, in integers: Megatron divides by the float ramp_samples / n, which can round across a
+    border.
 
     Args:
-        consumed_samples: samples consumed before the step.
-        batch: the full batch and its ramp.
+        consumed_samples: samples consumed before the step; a ramp reads them.
+        batch: the full batch and its ramp or stages.
+        consumed_tokens: tokens consumed before the step; stages read them.
 
     Raises:
-        ConfigError: if consumed_samples is negative.
+        ConfigError: if either is negative.
     """
-    _check_at_least(0, "consumed_samples", consumed_samples)
+    check_at_least(0, "consumed_samples", consumed_samples)
+    check_at_least(0, "consumed_tokens", consumed_tokens)
+    for stage in batch.stages:
+        if consumed_tokens < stage.until_tokens:
+            return stage.batch_size
     num_increments = _num_increments(batch)
     if batch.ramp is None or num_increments == 0:
         return batch.global_batch_size
@@ -35,81 +77,21 @@ def batch_size_at(consumed_samples: int, batch: BatchConfig) -> int:
     return batch.ramp.start + batch.ramp.increment * increments
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Consecutive steps of one batch size; the last stage of a plan does not end."""
+def seq_length_at(consumed_tokens: int, stages: tuple[SeqLengthStage, ...], full: int) -> int:
+    """Compute the tokens of a sample in the step that starts at `consumed_tokens`.
 
-    first_step: int
-    """The stage's first step, counting from 1."""
-    first_sample: int
-    """Samples consumed before that step."""
-    batch_size: int
-    """Global batch size in sequences."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which step consumes which samples. Steps count from 1; 0 stands for the start of the run."""
-
-    stages: tuple[Stage, ...]
-
-    def samples_after(self, step: int) -> int:
-        """Return the samples consumed once `step` steps are done; 0 at step 0, strictly increasing.
-
-        Raises:
-            ConfigError: if step is negative.
-        """
-        _check_at_least(0, "step", step)
-        stage = next((s for s in reversed(self.stages) if s.first_step <= step), self.stages[0])
-        return stage.first_sample + (step - stage.first_step + 1) * stage.batch_size
-
-    def steps_until(self, samples: int) -> int:
-        """Return the fewest steps that together consume at least `samples` samples.
-
-        Raises:
-            ConfigError: if samples is negative.
-        """
-        _check_at_least(0, "samples", samples)
-        # A stage's first_sample is consumed by the stages before it: a demand of exactly that many belongs to them.
-        stage = next((s for s in reversed(self.stages) if s.first_sample < samples), self.stages[0])
-        return stage.first_step - 1 + _ceil_divide(samples - stage.first_sample, stage.batch_size)
-
-    def steps_until_tokens(self, tokens: int, seq_length: int) -> int:
-        """Return the fewest steps that together consume at least `tokens` tokens, of `seq_length` in each sample."""
-        return self.steps_until(_ceil_divide(tokens, seq_length))
-
-
-def step_plan(batch: BatchConfig) -> StepPlan:
-    """Cut a run into stages of constant batch size.
-
-    Every step keeps the size that held at its start, so a stage ends with the first step that reaches its border, and
-    a stage shorter than one step is passed over. `samples_after` and `steps_until` agree with stepping one by one.
+    That of the first stage whose until_tokens is above consumed_tokens, else the full length.
     """
-    stages = [Stage(1, 0, batch_size_at(0, batch))]
-    while stages[-1].batch_size < batch.global_batch_size:
-        last = stages[-1]
-        steps = _ceil_divide(_next_border(last.first_sample, batch) - last.first_sample, last.batch_size)
-        first_sample = last.first_sample + steps * last.batch_size
-        stages.append(Stage(last.first_step + steps, first_sample, batch_size_at(first_sample, batch)))
-    return StepPlan(tuple(stages))
+    return next((stage.seq_length for stage in stages if consumed_tokens < stage.until_tokens), full)
 
 
-def num_steps(batch: BatchConfig, seq_length: int, train_tokens: int) -> int:
-    """Compute the steps of a run: the last is the first that reaches train_tokens.
-
-    Without a ramp: ceil(train_tokens / (global_batch_size * seq_length)).
-
-    Args:
-        batch: the full batch and its ramp.
-        seq_length: tokens of a sample.
-        train_tokens: tokens to consume.
-    """
-    return step_plan(batch).steps_until_tokens(train_tokens, seq_length)
-
-
-def progress_at_step(step: int, batch: BatchConfig) -> int:
-    """Return the samples consumed once `step` steps are done."""
-    return step_plan(batch).samples_after(step)
+def ramp_border(consumed_samples: int, batch: BatchConfig) -> int | None:
+    """Return the fewest consumed samples at which a ramp's batch is larger than here; None where it grows no more."""
+    num_increments = _num_increments(batch)
+    if batch.ramp is None or batch_size_at(consumed_samples, batch) == batch.global_batch_size:
+        return None
+    reached = consumed_samples * num_increments // batch.ramp.ramp_samples
+    return -(-(reached + 1) * batch.ramp.ramp_samples // num_increments)
 
 
 def _num_increments(batch: BatchConfig) -> int:
@@ -118,18 +100,11 @@ def _num_increments(batch: BatchConfig) -> int:
     return (batch.global_batch_size - batch.ramp.start) // batch.ramp.increment
 
 
-def _next_border(consumed_samples: int, batch: BatchConfig) -> int:
-    """Return the fewest consumed samples at which the batch is larger than at `consumed_samples`."""
-    assert batch.ramp is not None
-    num_increments, ramp_samples = _num_increments(batch), batch.ramp.ramp_samples
-    reached = consumed_samples * num_increments // ramp_samples
-    return _ceil_divide((reached + 1) * ramp_samples, num_increments)
+def check_at_least(least: int, name: str, value: int) -> None:
+    """Check a count.
 
-
-def _ceil_divide(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def _check_at_least(least: int, name: str, value: int) -> None:
+    Raises:
+        ConfigError: if it is below the least.
+    """
     if value < least:
         raise ConfigError(f"must be at least {least}", field=name, value=value)

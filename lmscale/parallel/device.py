@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 import torch
 
-from lmscale.log import get_logger
-
-_log = get_logger(__name__)
+from lmscale.parallel.op_builds import mend_builds
 
 
 def use_gpu() -> bool:
@@ -34,6 +33,7 @@ def local_device() -> torch.device:
 
 def prepare_device() -> torch.device:
     """Select this rank's device and, on a CPU, lift the assumptions named at the top of this module."""
+    mend_builds()
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -85,7 +85,15 @@ def _allow_fp16_on_cpu() -> None:
 
     accelerator = get_accelerator()
     if isinstance(accelerator, CPU_Accelerator) and not accelerator.is_fp16_supported():
-        CPU_Accelerator.is_fp16_supported = lambda self: True
-        _log.info(
-            "fp16 on a CPU without fp16 instructions: torch computes it, slowly; DeepSpeed's refusal is switched off"
-        )
+        CPU_Accelerator.is_fp16_supported = _computes_fp16
+
+
+def _computes_fp16(_: Any) -> bool:
+    return True
+
+
+def overrules_fp16() -> bool:
+    """Tell whether fp16 runs on this CPU only because DeepSpeed's refusal is switched off."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    return CPU_Accelerator.is_fp16_supported is _computes_fp16

@@ -1,7 +1,7 @@
 """Ranks on this host, on the CPU over gloo: forked from a process that has imported everything, joined over a file.
 
 A spawned rank imports torch, DeepSpeed and megatron-core for ten seconds; a forked one is there at once. A failure in a
-rank reaches the caller with the rank's traceback; a hang fails after a time and names the ranks.
+rank reaches the caller with the rank's traceback; a hang fails after a time, names the ranks and shows where they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ TIMEOUT_S = 240.0
 _GRACE_S = 5.0
 """Seconds that the other ranks get to answer once one has failed; most of them wait for it in a collective."""
 _TICK_S = 0.2
+_STACKS_S = 0.5
+"""What a rank that hangs gets to write its stacks."""
+_LOG_NAME = "rank-{:04d}.log"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,7 +62,7 @@ class RankPool:
 
         self.world_size, self.is_closed = world_size, False
         self._directory = tempfile.TemporaryDirectory(prefix="lmscale-ranks-")
-        logs = logs or Path(self._directory.name)
+        self._logs = logs = logs or Path(self._directory.name)
         logs.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("fork")
         self._connections: list[Connection] = []
@@ -121,7 +124,7 @@ class RankPool:
                 # Who waits for a rank that has failed is not to blame.
                 if not failures:
                     line = f"ranks {sorted(waiting.values())} did not answer within {timeout_s:.0f} s"
-                    failures.append((line, line))
+                    failures.append((line, "\n".join((line, *map(self._stacks_of, sorted(waiting.values()))))))
                 break
             for connection in wait(list(waiting), timeout=min(_TICK_S, left_s)):
                 rank = waiting.pop(connection)
@@ -137,6 +140,20 @@ class RankPool:
             if tick is not None:
                 tick()
         return results
+
+    def _stacks_of(self, rank: int) -> str:
+        """Return where the threads of a rank that hangs are."""
+        log = self._log_of(rank)
+        start = log.stat().st_size if log.exists() else 0
+        process = self._processes[rank]
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(_STACKS_S)
+        text = log.read_bytes()[start:].decode(errors="replace").strip() if log.exists() else ""
+        return f"rank {rank}:\n{text or 'it does not say where it is'}"
+
+    def _log_of(self, rank: int) -> Path:
+        return self._logs / _LOG_NAME.format(rank)
 
     def _death_of(self, rank: int) -> tuple[str, str]:
         process = self._processes[rank]
@@ -162,7 +179,7 @@ def _serve(rank: int, world_size: int, directory: Path, logs: Path, parent: int,
     warnings.simplefilter("default")  # a parent that makes errors of warnings, as pytest does, means its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _write_to(logs / f"rank-{rank:04d}.log")
+    _write_to(logs / _LOG_NAME.format(rank))
     _join(rank, world_size, directory)
     while True:
         try:
@@ -211,6 +228,7 @@ def _write_to(path: Path) -> None:
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
     faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file)
 
 
 def _join(rank: int, world_size: int, directory: Path) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from lmscale.log import prints_logged
 from lmscale.parallel.device import prepare_device
 
 
@@ -91,10 +92,11 @@ def init_topology(tp_size: int, pp_size: int) -> Topology:
     import deepspeed
 
     device = prepare_device()
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-    elif not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed()
+    with prints_logged("deepspeed"):
+        if not dist.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+        elif not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

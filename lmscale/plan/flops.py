@@ -15,7 +15,7 @@ from lmscale.errors import ConfigError
 
 
 def forward_flops_per_token(
-    model: ModelConfig, length: int | SampleLengths, causal_half: bool = False
+    model: ModelConfig, length: int | SampleLengths, causal_half: bool = False, *, prefix_length: int = 0
 ) -> dict[str, int]:
     """Count the FLOPs of one forward pass per token, by kind.
 
@@ -30,7 +30,9 @@ def forward_flops_per_token(
 
     Encoder-only models make logits of the l predicted tokens alone: head (2 h V + 2 h^2) l / s. In bart and t5, with e
     tokens in the encoder and q in the decoder, both stacks count as above, each over its own length; cross attention
-    adds L (4 h n d (q + e) + 4 n d q e); and the sum is divided by the sample's e + q tokens.
+    adds L (4 h n d (q + e) + 4 n d q e); and the sum is divided by the sample's e + q tokens. The p keys and values of a
+    trained prefix add 4 L n d p to the core, 4 L n d p (e + 2 q) / (e + q) in bart and t5; a network that makes them while
+    they are trained does so once a micro batch, and is left out.
 
     Args:
         model: the architecture. V is its vocab_size: rows of padding are no work of the model's.
@@ -38,6 +40,7 @@ def forward_flops_per_token(
         causal_half: count causal core attention as half of the square, which is what a kernel that skips the masked half
             computes (exactly (s + 1) / 2 keys a query, taken as s / 2). The field's convention, and the default here, is
             the full square, so that figures compare: PaLM and Megatron count it so.
+        prefix_length: trained keys in front of every attention's, p.
 
     Raises:
         ConfigError: if the length is not above 0.
@@ -57,13 +60,16 @@ def forward_flops_per_token(
     if decoder:
         totals["projections"] += 4 * hidden * width * (encoder + decoder)
         totals["core"] += 4 * width * decoder * decoder // half + 4 * width * encoder * decoder
+    totals["core"] += 4 * width * prefix_length * (encoder + 2 * decoder)
     totals = {kind: model.num_layers * flops for kind, flops in totals.items()}
     transform = 2 * hidden * hidden if model.is_encoder_only else 0
     totals["head"] = (2 * hidden * model.vocab_size + transform) * lengths.labels
     return {kind: flops // lengths.nominal for kind, flops in totals.items()}
 
 
-def model_flops_per_token(model: ModelConfig, length: int | SampleLengths, causal_half: bool = False) -> int:
+def model_flops_per_token(
+    model: ModelConfig, length: int | SampleLengths, causal_half: bool = False, *, prefix_length: int = 0
+) -> int:
     """Count the FLOPs that training one token needs, whatever the implementation does: the numerator of MFU.
 
         3 * sum(forward_flops_per_token)
@@ -73,7 +79,7 @@ def model_flops_per_token(model: ModelConfig, length: int | SampleLengths, causa
 
     Args and Raises: as of `forward_flops_per_token`.
     """
-    return 3 * sum(forward_flops_per_token(model, length, causal_half).values())
+    return 3 * sum(forward_flops_per_token(model, length, causal_half, prefix_length=prefix_length).values())
 
 
 def hardware_flops_per_token(
@@ -82,6 +88,8 @@ def hardware_flops_per_token(
     recompute: Literal["none", "selective", "full"] = "none",
     causal_half: bool = False,
     kernel_keeps_scores: bool = False,
+    *,
+    prefix_length: int = 0,
 ) -> int:
     """Count the FLOPs that training one token executes, recomputation included: the numerator of HFU.
 
@@ -98,8 +106,9 @@ def hardware_flops_per_token(
         recompute: parallel.recompute.
         causal_half: as of `forward_flops_per_token`.
         kernel_keeps_scores: the core attention is unfused and keeps its scores and probabilities.
+        prefix_length: as of `forward_flops_per_token`.
     """
-    forward = forward_flops_per_token(model, length, causal_half)
+    forward = forward_flops_per_token(model, length, causal_half, prefix_length=prefix_length)
     recomputed = 0
     if recompute == "full":
         recomputed = forward["projections"] + forward["core"] + forward["mlp"]

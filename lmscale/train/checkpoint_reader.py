@@ -7,95 +7,65 @@ conversion read through this module.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lmscale.errors import CheckpointError
+from lmscale.train.checkpoint_files import FORMAT, PARAMETER, Piece, check_hashes, read_manifest, stored_files
 from lmscale.train.fragments import LogicalTensor
 from lmscale.train.progress import Progress
+from lmscale.train.tensor_file import TensorFile
 
-FORMAT = 1
-PARAMETER = "param"
-"""Kind of a slice of master weights; the moments' kinds are the optimizer's names: exp_avg and exp_avg_sq; of Adafactor,
-row and column (1-D logical tensors under their parameter's name), second."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stored range [start, end) of the flattened slice that one tensor-parallel rank has of a logical tensor."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    tp_dim: int | None
-    tp_stride: int
-    tp_rank: int
-    tp_size: int
-    start: int
-    end: int
-    file: str
-    key: str
-
-
-def find_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None where it has none.
-
-    Raises:
-        CheckpointError: if `latest` names one that is not there.
-    """
-    pointer = checkpoints / "latest"
-    if not pointer.is_file():
-        return None
-    path = checkpoints / pointer.read_text().strip()
-    if not path.is_dir():
-        raise CheckpointError(
-            "names a checkpoint that does not exist",
-            field=str(pointer),
-            value=path.name,
-            remedy="name one by checkpoint.resume",
-        )
-    return path
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """Take a checkpoint's directory, or the newest of a run's directory or of its checkpoints/.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    if not path.is_dir():
-        raise CheckpointError("does not exist", field="checkpoint", value=str(path))
-    for directory in (path / "checkpoints", path):
-        newest = find_checkpoint(directory)
-        if newest is not None:
-            return newest
-    if (path / "manifest.json").is_file():
-        return path
-    raise CheckpointError("holds no checkpoint", field="checkpoint", value=str(path))
+__all__ = ["FORMAT", "PARAMETER", "CheckpointReader", "Piece", "tp_slice"]
 
 
 class CheckpointReader:
     """Reads logical tensors, or slices of them, from a checkpoint's directory.
 
+    Each file is compared with its hash before its first tensor is read.
+
+    Args:
+        path: the directory.
+        is_verified: all its hashes were compared just now.
+
     Raises:
-        CheckpointError: if the directory is no checkpoint of ours, of a newer format, or lacks (part of) a file.
+        CheckpointError: if the directory is no checkpoint of ours, of a newer format, lacks (part of) a file, or has another
+            than was written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, is_verified: bool = False):
         self.path = path
-        self.manifest = self._read_manifest()
+        self.manifest = read_manifest(path)
+        self._files = stored_files(self.manifest)
+        self._is_verified = is_verified
         self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
-        for file in sorted(path.glob("rank-*.json")):
-            for entry in json.loads(file.read_text()):
-                piece = Piece(**{**entry, "shape": tuple(entry["shape"])})
-                self._pieces[piece.kind, piece.name].append(piece)
-        self._open: dict[str, Any] = {}
+        self._kinds: dict[str, list[str]] = defaultdict(list)
+        self._read_pieces()
+        self._open: dict[str, TensorFile] = {}
         self._logical: tuple[tuple[str, str], torch.Tensor] | None = None
+
+    def _read_pieces(self) -> None:
+        seen = set()
+        for name in sorted(name for name in self._files if name.startswith("rank-") and name.endswith(".json")):
+            self._check(name)
+            content = json.loads((self.path / name).read_text())
+            for entry in content if isinstance(content, list) else content["pieces"]:  # a list in format 1
+                piece = Piece(**{**entry, "shape": tuple(entry["shape"])})
+                place = (piece.kind, piece.name, piece.tp_rank, piece.start, piece.end)
+                if place not in seen:  # of copies, one
+                    self._pieces[piece.kind, piece.name].append(piece)
+                    seen.add(place)
+        for kind, name in self._pieces:
+            self._kinds[name].append(kind)
+
+    def _check(self, name: str) -> None:
+        if name not in self._files:
+            raise CheckpointError(f"{name} is not named by its manifest", field="checkpoint", value=str(self.path))
+        if not self._is_verified:
+            check_hashes(self.path, {name: self._files[name]})
 
     @property
     def progress(self) -> Progress:
@@ -110,19 +80,36 @@ class CheckpointReader:
         """Logical shape of each parameter."""
         return {name: pieces[0].shape for (kind, name), pieces in self._pieces.items() if kind == PARAMETER}
 
+    def kinds(self, name: str) -> list[str]:
+        """List what is stored of a parameter, in the order of the files."""
+        return self._kinds[name]
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Logical shape of a kind of a parameter's state."""
+        return self._pieces[kind, name][0].shape
+
     def logical(self, kind: str, name: str) -> torch.Tensor:
         """Read a whole logical tensor, fp32 on the CPU; the last one read is kept."""
         if self._logical is None or self._logical[0] != (kind, name):
-            pieces = self._pieces[kind, name]
-            first = pieces[0]
-            parts = []
-            for tp_rank in range(first.tp_size):
-                shape = _local_shape(first.shape, first.tp_dim, first.tp_size)
-                flat = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
-                self._fill(flat, 0, [piece for piece in pieces if piece.tp_rank == tp_rank])
-                parts.append(flat.view(shape))
-            self._logical = (kind, name), _join(parts, first.tp_dim, first.tp_stride)
+            self._logical = None  # before the next is made
+            self._logical = (kind, name), self._read_whole(self._pieces[kind, name])
         return self._logical[1]
+
+    def _read_whole(self, pieces: list[Piece]) -> torch.Tensor:
+        """Read the slice of each tensor-parallel rank into its place; at most one slice is in memory besides the whole."""
+        first = pieces[0]
+        whole = torch.empty(first.shape, dtype=torch.float32)
+        if first.tp_dim is None:
+            self._fill(whole.view(-1), 0, pieces)
+            return whole
+        local = _local_shape(first.shape, first.tp_dim, first.tp_size)
+        for tp_rank in range(first.tp_size):
+            flat = torch.empty(math.prod(local), dtype=torch.float32)
+            self._fill(flat, 0, [piece for piece in pieces if piece.tp_rank == tp_rank])
+            parts = flat.view(local).chunk(first.tp_stride, dim=first.tp_dim)
+            for block, part in zip(whole.chunk(first.tp_stride, dim=first.tp_dim), parts, strict=True):
+                block.chunk(first.tp_size, dim=first.tp_dim)[tp_rank].copy_(part)
+        return whole
 
     def fragment(
         self, kind: str, tensor: LogicalTensor, tp_rank: int, tp_size: int, start: int, end: int
@@ -146,47 +133,34 @@ class CheckpointReader:
         for piece in pieces:
             low, high = max(start, piece.start), min(end, piece.end)
             if low < high:
-                stored = self._file(piece.file).get_slice(piece.key)[low - piece.start : high - piece.start]
-                flat[low - start : high - start] = stored
+                self._read(piece, low - piece.start, flat[low - start : high - start])
                 covered += high - low
         if covered != flat.numel():
             name = pieces[0].name if pieces else "?"
-            raise CheckpointError(f"holds {covered} of {flat.numel()} values of {name}", field=str(self.path))
+            raise self.lacks(f"{covered} of {flat.numel()} values of {name} are there")
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.path / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot be read: {error}", field=str(self.path / name)) from None
-        return self._open[name]
+    def lacks(self, what: str) -> CheckpointError:
+        """Make the error for a part that is not there: on hosts with directories of their own, perhaps another has it."""
+        hosts = self.manifest.get("num_directories", 1)
+        return CheckpointError(
+            what
+            if hosts == 1
+            else f"holds what the ranks of one of {hosts} hosts need, and not for this layout: {what}",
+            field="checkpoint",
+            value=str(self.path),
+            remedy=None
+            if hosts == 1
+            else "resume on the same hosts and layout, or in a directory that all hosts share",
+        )
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def _read(self, piece: Piece, start: int, values: torch.Tensor) -> None:
         try:
-            manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
-            version, files = manifest["format"], manifest["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise CheckpointError(
-                "is not a checkpoint of lmscale: it has no readable manifest.json",
-                field="checkpoint",
-                value=str(self.path),
-            ) from None
-        if version > FORMAT:
-            raise CheckpointError(
-                f"has format {version}, newer than the {FORMAT} that this lmscale reads",
-                field="checkpoint",
-                value=str(self.path),
-                remedy="install a newer lmscale",
-            )
-        for name, size in files.items():
-            file = self.path / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes of {size}"
-                raise CheckpointError(
-                    f"{name} {state}", field="checkpoint", value=str(self.path), remedy="use another one"
-                )
-        return manifest
+            if piece.file not in self._open:
+                self._check(piece.file)
+                self._open[piece.file] = TensorFile(self.path / piece.file)
+            self._open[piece.file].read_into(piece.key, start, values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"cannot be read: {error}", field=str(self.path / piece.file)) from None
 
 
 def _local_shape(shape: tuple[int, ...], tp_dim: int | None, tp_size: int) -> tuple[int, ...]:
@@ -199,11 +173,3 @@ def tp_slice(whole: torch.Tensor, tp_dim: int | None, tp_stride: int, tp_rank: i
         return whole
     blocks = whole.chunk(tp_stride, dim=tp_dim)
     return torch.cat([block.chunk(tp_size, dim=tp_dim)[tp_rank] for block in blocks], dim=tp_dim)
-
-
-def _join(parts: list[torch.Tensor], tp_dim: int | None, tp_stride: int) -> torch.Tensor:
-    """Put the slices of all ranks together; the inverse of `tp_slice`."""
-    if tp_dim is None:
-        return parts[0]
-    by_rank = [part.chunk(tp_stride, dim=tp_dim) for part in parts]
-    return torch.cat([blocks[index] for index in range(tp_stride) for blocks in by_rank], dim=tp_dim)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmscale.models.build import logical_name
+from lmscale.models.build import IDLE, logical_name
+from lmscale.models.fused import row_parts
 from lmscale.optim.adafactor import Share
+from lmscale.plan.names import is_layer_matrix
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Fragment:
     """A range [start, end) of this rank's flattened (tensor-parallel local) slice of a logical tensor.
 
     master is the fp32 view of it that the optimizer updates; `key`, `offset` locate its moments:
-    optimizer.state[key][name][offset : offset + len].
+    optimizer.state[key][name][offset : offset + len]. Where `is_frozen`, nothing updates it: master is a view of the weights
+    in their own precision, there are no moments, and where `is_dp_copy` another data-parallel rank has the same.
     """
 
     tensor: LogicalTensor
@@ -48,6 +51,8 @@ class Fragment:
     key: Any
     offset: int
     is_tied_copy: bool
+    is_frozen: bool = False
+    is_dp_copy: bool = False
 
     def moment(self, optimizer: torch.optim.Optimizer, name: str) -> torch.Tensor:
         """Return the view of one of the optimizer's moments of this range, 1-D fp32."""
@@ -58,7 +63,16 @@ class Fragment:
         """The same, as an optimizer of whole matrices asks for it."""
         tensor = self.tensor
         return Share(
-            tensor.name, tensor.shape, tensor.local_shape, tensor.tp_dim, self.start, self.end, self.key, self.offset
+            name=tensor.name,
+            shape=tensor.shape,
+            local_shape=tensor.local_shape,
+            tp_dim=tensor.tp_dim,
+            start=self.start,
+            end=self.end,
+            key=self.key,
+            offset=self.offset,
+            parts=row_parts(self.parameter),
+            is_hidden_matrix=is_layer_matrix(tensor.name, len(tensor.shape)),
         )
 
 
@@ -73,7 +87,13 @@ def logical_tensor(model: nn.Module, name: str, parameter: nn.Parameter, tp_size
 
 
 def fragments(
-    model: nn.Module, optimizer: Any, zero_stage: int, tp_size: int, *, with_empty: bool = False
+    model: nn.Module,
+    optimizer: Any,
+    zero_stage: int,
+    tp_size: int,
+    *,
+    dp_rank: int = 0,
+    with_empty: bool = False,
 ) -> list[Fragment]:
     """List this rank's fragments, in the order of the model's parameters.
 
@@ -82,18 +102,36 @@ def fragments(
         optimizer: DeepSpeed's optimizer (the plain one under ZeRO 0).
         zero_stage: 0 to 3.
         tp_size: tensor-parallel size.
+        dp_rank: this rank's place among those that hold the same slices.
         with_empty: list parameters too of which other ranks hold everything.
     """
     found = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if name.startswith(f"{IDLE}."):
             continue
         tensor = logical_tensor(model, name, parameter, tp_size)
+        if not parameter.requires_grad:
+            frozen = _frozen(parameter, tensor, zero_stage, dp_rank)
+            found += [frozen] if with_empty or frozen.master.numel() else []
+            continue
         start, master, key, offset = _locate(parameter, optimizer, zero_stage)
         if with_empty or master.numel():
             tied = bool(getattr(parameter, "ds_pipe_replicated", False))
             found.append(Fragment(tensor, parameter, start, start + master.numel(), master, key, offset, tied))
     return found
+
+
+def _frozen(parameter: nn.Parameter, tensor: LogicalTensor, zero_stage: int, dp_rank: int) -> Fragment:
+    """Describe what this rank holds of a parameter that is not trained: all of it below ZeRO 3, else its partition."""
+    tied = bool(getattr(parameter, "ds_pipe_replicated", False))
+    if zero_stage < 3:
+        master = parameter.data.view(-1)
+        is_copy = dp_rank > 0
+        return Fragment(tensor, parameter, 0, master.numel(), master, None, 0, tied, True, is_copy)
+    partition = parameter.ds_tensor.data.view(-1)
+    start = min(partition.numel() * dp_rank, parameter.ds_numel)
+    size = min(partition.numel(), parameter.ds_numel - start)
+    return Fragment(tensor, parameter, start, start + size, partition.narrow(0, 0, size), None, 0, tied, True)
 
 
 def _locate(parameter: nn.Parameter, optimizer: Any, zero_stage: int) -> tuple[int, torch.Tensor, Any, int]:
@@ -133,6 +171,8 @@ def write_back(optimizer: Any, zero_stage: int) -> None:
     if zero_stage in (1, 2):
         optimizer.update_lp_params()
     elif zero_stage == 3:
+        # Parameters that are whole now would stay as they are: a gather takes what is cut only.
+        optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from lmscale.plan.memory import StateBytes
+from lmscale.config.run import RunConfig
+from lmscale.models.build import logical_name
+from lmscale.monitor import metrics
+from lmscale.plan.memory import StateBytes, moment_bytes, zero_bytes
+from lmscale.plan.names import parameter_shapes
 from lmscale.train.engine import Engine
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
@@ -33,6 +37,71 @@ def state_bytes(engine: Engine) -> StateBytes:
         gradients=_count(gradients, counted),
         optimizer=_count((masters, list(engine.basic_optimizer.state.values())), counted),
     )
+
+
+class StateWatch:
+    """Measures the training state over a step: the most of its gradients, and the rest after the update.
+
+    Gradients are looked at before the update, and under ZeRO 0 and 1 before DeepSpeed reduces them, where they are still
+    whole. (ZeRO 2 and 3 have them in buckets there, whose size does not depend on the model.)
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine, self._gradients = engine, 0
+        self._watched = ("_take_model_step", *(("allreduce_gradients",) if engine.zero_stage < 2 else ()))
+        for name in self._watched:
+            setattr(engine.deepspeed, name, self._looking_before(getattr(engine.deepspeed, name)))
+
+    def _looking_before(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def look_and_go_on(*args: Any, **kwargs: Any) -> Any:
+            self._gradients = max(self._gradients, state_bytes(self._engine).gradients)
+            return method(*args, **kwargs)
+
+        return look_and_go_on
+
+    def finish(self) -> StateBytes:
+        """Stop watching, and return the bytes that this rank holds."""
+        for name in self._watched:
+            delattr(self._engine.deepspeed, name)  # the class's own shows again
+        after = state_bytes(self._engine)
+        return StateBytes(after.parameters, self._gradients, after.optimizer)
+
+
+def describe_state(engine: Engine, held: StateBytes, config: RunConfig) -> tuple[str, dict[str, float]]:
+    """Put what ranks hold beside the formula.
+
+    Returns:
+        (a line with the bytes of each kind for each parameter of a rank's part of the model, measured and by formula;
+        bytes by metrics' tag), of the rank that holds most of each.
+    Collectives: maxima over all ranks.
+    """
+    total, trainable, moments = 0, 0, 0.0
+    shapes = parameter_shapes(config.model)
+    for name, parameter in engine.model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        total += shape.numel()
+        if parameter.requires_grad:
+            trainable += shape.numel()
+            logical = logical_name(engine.model, name)
+            moments += shape.numel() * moment_bytes(config.optim, config.model, logical, shapes.get(logical, shape))
+    expected = zero_bytes(
+        total,
+        engine.topology.dp_size,
+        engine.zero_stage,
+        config.precision,
+        moment_width=moments / trainable,
+        num_trainable=trainable,
+    )
+    parts, values = [], {}
+    for tag, kind, name in (
+        (metrics.MEMORY_PARAMETER_BYTES, "parameters", "parameters"),
+        (metrics.MEMORY_GRADIENT_BYTES, "gradients", "gradients"),
+        (metrics.MEMORY_OPTIMIZER_BYTES, "optimizer", "optimizer state"),
+    ):
+        values[tag] = engine.maximum(getattr(held, kind))
+        measured = engine.maximum(getattr(held, kind) / total)
+        parts.append(f"{name} {measured:.2f} (formula {engine.maximum(getattr(expected, kind) / total):.2f})")
+    return "memory of a rank, bytes a parameter: " + ", ".join(parts), values
 
 
 def _count(held: Any, counted: set[int]) -> int:

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from lmscale.config.adapt import prompt_length
+from lmscale.config.check import CROSS_SECTION_RULES
 from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed
-from lmscale.config.run import CROSS_SECTION_RULES, RunConfig
+from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, RunError
 from lmscale.launcher.environment import visible_devices
+from lmscale.tasks.resolve import resolve_task
 from lmscale.verify.corpus import shrink_corpora
 from lmscale.verify.layouts import Candidate, all_layouts, parse_layouts, reference_layout
 from lmscale.verify.shrink import fits, lay_out, shrink
@@ -101,12 +104,14 @@ def plan_verification(
 
     Raises:
         ConfigError: if the run is wrong in itself, or a layout that is named cannot be trained.
+        DataError: if a file of its task is wrong.
     """
     for option, number in (("--max-ranks", max_ranks), ("--steps", steps)):
         if number < 1:
             raise ConfigError("must be at least 1", field=option, value=number)
     if precision not in TOLERANCES:
         raise ConfigError(f"must be one of {', '.join(TOLERANCES)}", field="--precision", value=precision)
+    config = resolve_task(config, prompt_length(config.adapt))
     check_deepspeed(load_deepspeed(config.deepspeed), config)
     for rule in CROSS_SECTION_RULES:
         rule(config)
@@ -155,6 +160,7 @@ class Verification:
         _import_quietly()
         with self._workspace() as directory:
             small, self.data = shrink_corpora(self.plan.config, self.plan.small, directory)
+            small = self._with_base(small, directory, observer)
             reference, series = self._trial(small, self.plan.reference, [], directory, observer)
             yield reference
             if not reference.is_good:
@@ -162,6 +168,21 @@ class Verification:
                 raise RunError(rule, field="verify", remedy=f"see {directory}")
             for candidate in self.plan.candidates:
                 yield self._trial(small, candidate, series, directory, observer)[0]
+
+    def _with_base(self, small: RunConfig, directory: Path, observer: Observer) -> RunConfig:
+        """Write the base that an adaptation starts from, if it is one."""
+        if small.model.init_from is None:
+            return small
+        from lmscale.parallel.local_ranks import RankFailure
+        from lmscale.verify.trial import write_base
+
+        try:
+            base = write_base(small, directory / "base", observer.tick)
+        except RankFailure as failure:
+            self.directory = directory
+            rule = f"the base of the copy cannot be made: {failure.reason}"
+            raise RunError(rule, field="verify", remedy=f"see {directory}") from None
+        return small.model_copy(update={"model": small.model.model_copy(update={"init_from": base})})
 
     @contextlib.contextmanager
     def _workspace(self) -> Iterator[Path]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.config.run import RunConfig, split_shares
+from lmscale.config.data import split_shares
+from lmscale.config.run import RunConfig
 from lmscale.data.index_file import idx_path
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.manifest import Manifest
@@ -37,6 +38,8 @@ def shrink_corpora(config: RunConfig, small: RunConfig, directory: Path) -> tupl
     Raises:
         DataError: if a corpus of the run is damaged.
     """
+    if config.task is not None:
+        return small, "the task's first examples"
     if config.objective.name != "causal_lm":
         return small, "the run's corpora"  # their sentences and special ids are what the objective works with
     missing = [source.prefix for source in config.data.train if not idx_path(source.prefix).exists()]

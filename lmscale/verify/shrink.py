@@ -6,13 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lmscale.config.data import DataConfig
+from lmscale.config.adapt import ProbingConfig
+from lmscale.config.check import check_run
 from lmscale.config.deepspeed_json import load_deepspeed
 from lmscale.config.lengths import sample_lengths
 from lmscale.config.model import VOCAB_MULTIPLE, ModelConfig
 from lmscale.config.objective import BertConfig
-from lmscale.config.run import RunConfig, ZeroChoice, check_run
+from lmscale.config.optim import CooldownConfig, RewarmupConfig
+from lmscale.config.run import RunConfig, ZeroChoice
 from lmscale.errors import ConfigError
+from lmscale.plan.adaptation import Adaptation, adaptation_of
+from lmscale.plan.groups import matches
+from lmscale.verify.adapted import first_examples, notes_of_adaptation, shrink_adaptation
 from lmscale.verify.layouts import Candidate
 
 MICRO_BATCH_SIZE = 2
@@ -41,7 +46,7 @@ def shrink(
     becomes one of two stages.
 
     Args:
-        config: the user's run.
+        config: the user's run, its task resolved (`lmscale.tasks.resolve`).
         candidates: the layouts that the copy will be trained on.
         steps: optimizer steps.
         precision: of the copy.
@@ -49,18 +54,34 @@ def shrink(
     Returns:
         The copy, and in a line each what it does otherwise than the run.
     """
+    if isinstance(config.adapt, ProbingConfig):
+        raise ConfigError(
+            "trains nothing on the ranks: they compute features, and one of them trains a classifier",
+            field="adapt.method",
+            value="probing",
+            remedy="verify the base's run",
+        )
     keys = config.model_dump()
     tp_multiple = math.lcm(*(candidate.tp_size for candidate in candidates))
     pp_multiple = math.lcm(*(candidate.pp_size for candidate in candidates))
     dp_multiple = math.lcm(*(candidate.dp_size for candidate in candidates))
     keys["model"] |= _model(config.model, tp_multiple, pp_multiple)
+    keys["model"]["init_from"] = config.model.init_from if config.adapt or config.task else None
+    keys["adapt"] = shrink_adaptation(config, keys["model"]["num_layers"])
     seq_length = _smallest_alike(config.data.seq_length, tp_multiple, MIN_SEQ_LENGTH)
-    positions = max(seq_length, config.model.max_position_embeddings * seq_length // config.data.seq_length)
-    keys["model"]["max_position_embeddings"] = positions
-    decoder = _decoder_seq_length(config, seq_length, tp_multiple)
-    keys["data"] |= {"seq_length": seq_length, "decoder_seq_length": decoder}
-    keys["data"] |= {"num_workers": 0, "valid": [], "split": "1,0,0"}
-    if config.objective.name == "causal_lm":
+    if config.task is not None:  # examples are as long as they are
+        seq_length = config.data.seq_length
+        keys["task"] |= first_examples(config.task)
+        keys["train"] |= {"epochs": None}
+        keys["optim"] |= {"lr_warmup_fraction": None}
+    else:
+        positions = max(seq_length, config.model.max_position_embeddings * seq_length // config.data.seq_length)
+        keys["model"]["max_position_embeddings"] = positions + (keys["adapt"] or {}).get("length", 0)
+        decoder = _decoder_seq_length(config, seq_length, tp_multiple)
+        keys["data"] |= {"seq_length": seq_length, "decoder_seq_length": decoder}
+        keys["data"] |= {"valid": [], "split": "1,0,0"}
+    keys["data"] |= {"seq_length_stages": [], "num_workers": 0}
+    if config.objective.name == "causal_lm" and config.task is None:
         keys["tokenizer"] = None
     else:  # its special ids are what the objective works with
         keys["model"]["vocab_size"] = config.model.vocab_size
@@ -68,13 +89,29 @@ def shrink(
         places = config.objective.max_predictions * seq_length // config.data.seq_length
         keys["objective"]["max_predictions"] = max(1, places)
     keys["batch"] = _batch(config, dp_multiple)
-    nominal = sample_lengths(DataConfig.model_validate(keys["data"]), config.objective).nominal
-    train_tokens = steps * keys["batch"]["global_batch_size"] * nominal
+    unchecked = {**keys, "optim": {**keys["optim"], "groups": []}}
+    nominal = RunConfig.model_validate(unchecked).lengths.nominal
+    step_tokens = keys["batch"]["global_batch_size"] * nominal
+    train_tokens = steps * step_tokens
+    if config.data.seq_length_stages and steps > 1:
+        multiple = math.gcd(seq_length, tp_multiple)
+        shorter = max(multiple, seq_length // 2 // multiple * multiple)
+        stage = {"seq_length": shorter, "until_tokens": 1}  # the first step alone
+        keys["data"]["seq_length_stages"] = [stage] if shorter < seq_length else []
     keys["optim"] |= _schedule(config, train_tokens, steps)
+    shrunk = ModelConfig.model_validate(keys["model"])
+    names = (adaptation_of(RunConfig.model_validate(unchecked)) or Adaptation(shrunk)).shapes()
+    keys["optim"]["groups"] = [
+        rule.model_dump() for rule in config.optim.groups if any(matches(rule, name) for name in names)
+    ]
     if config.optim.name == "adafactor":  # its matrices stay factored
-        keys["optim"]["adafactor_min_dim"] = min(config.optim.adafactor_min_dim, keys["model"]["hidden_size"])
+        smallest = min(shrunk.hidden_size, shrunk.query_groups * shrunk.head_size, shrunk.ffn_size)
+        keys["optim"]["adafactor_min_dim"] = min(config.optim.adafactor_min_dim, smallest)
+    if config.optim.name == "muon":  # in bf16 a rounding of a gradient shows in the losses
+        keys["optim"]["muon_precision"] = "fp32"
     keys["train"] |= {"train_tokens": train_tokens, "stop_at_step": steps, "log_interval": 1, "eval_interval": 0}
-    keys["train"]["compile"] = False
+    keys["train"] |= {"compile": False, "fused_norms": "auto"}
+    keys["optim"]["implementation"] = "auto"
     keys["checkpoint"] = {"save_interval": 0, "resume": "never"}
     keys["monitor"] = {"tensorboard": False}
     keys["precision"] = precision
@@ -167,7 +204,7 @@ def _nearest_alike(wanted: int, size: int, multiple: int) -> int:
 
 def _batch(config: RunConfig, dp_multiple: int) -> dict[str, Any]:
     size = math.lcm(MIN_GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE * dp_multiple)
-    if config.batch.ramp is None:
+    if config.batch.ramp is None and not config.batch.stages:
         return {"micro_batch_size": MICRO_BATCH_SIZE, "global_batch_size": size}
     # Two steps of half the batch come first: the number of micro batches changes on the way.
     ramp = {"start": size, "increment": size, "ramp_samples": 2 * size}
@@ -180,7 +217,27 @@ def _schedule(config: RunConfig, train_tokens: int, steps: int) -> dict[str, Any
     if optim.lr_decay_style == "inverse_sqrt":  # a share of it would be over, and the rate low, at the first step
         warmup_tokens = max(warmup_tokens, train_tokens // steps)
     decay_tokens = optim.lr_decay_tokens and max(warmup_tokens + 1, int(optim.lr_decay_tokens * share))
-    return {"lr_warmup_tokens": min(warmup_tokens, train_tokens - 1), "lr_decay_tokens": decay_tokens}
+    cooldown_tokens = optim.lr_cooldown_tokens and max(1, int(optim.lr_cooldown_tokens * share))
+    return {
+        "lr_warmup_tokens": min(warmup_tokens, train_tokens - 1),
+        "lr_decay_tokens": decay_tokens,
+        "lr_cooldown_tokens": cooldown_tokens,
+        **{
+            name: _shrunk_part(getattr(optim, name), warmup_tokens, train_tokens, config.train.train_tokens)
+            for name in ("lr_cooldown", "lr_rewarmup")
+        },
+    }
+
+
+def _shrunk_part(
+    part: CooldownConfig | RewarmupConfig | None, warmup_tokens: int, small: int, full: int
+) -> dict[str, Any] | None:
+    """Move a part of the schedule to its share of the small run, behind the warm-up."""
+    if part is None:
+        return None
+    begin = max(1, warmup_tokens, part.start_tokens * small // full)
+    behind = (part.start_tokens + part.tokens) * small // full
+    return part.model_dump() | {"start_tokens": begin, "tokens": max(1, behind - begin)}
 
 
 def _deepspeed(config: RunConfig, precision: str) -> dict[str, Any]:
@@ -211,4 +268,6 @@ def _notes(config: RunConfig, precision: str) -> list[str]:
         notes.append("without offload: every rank is on the CPU anyway")
     if config.train.compile:
         notes.append("without torch.compile")
+    if config.adapt is not None or config.task is not None:
+        notes += notes_of_adaptation(config)
     return notes

@@ -10,11 +10,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lmscale.config.run import RunConfig
+from lmscale.config.io import show
+from lmscale.config.run import RunConfig, ZeroChoice
+from lmscale.finetune import finetune
 from lmscale.log import setup_logging
 from lmscale.monitor import metrics
 from lmscale.parallel.local_ranks import RankPool
-from lmscale.pretrain import pretrain
+from lmscale.parallel.topology import init_topology
+from lmscale.pretrain import build_engine, pretrain
+from lmscale.train.progress import Progress
+from lmscale.train.saving import save_checkpoint
+from lmscale.verify.adapted import base_of
 
 TIMEOUT_S = 300.0
 LOGS = "logs"
@@ -38,7 +44,27 @@ def train_on_ranks(config: RunConfig, num_ranks: int, is_pipeline: bool, tick: C
 def _train(keys: dict[str, Any], is_pipeline: bool) -> int:
     """Do on a rank what `lmscale.pretrain` does."""
     setup_logging(dist.get_rank(), Path(keys["output_dir"]) / LOGS)
-    return pretrain(RunConfig.model_validate(keys), pipeline=is_pipeline or None)
+    config = RunConfig.model_validate(keys)
+    run = pretrain if config.adapt is None and config.task is None else finetune
+    return run(config, pipeline=is_pipeline or None)
+
+
+def write_base(config: RunConfig, directory: Path, tick: Callable[[], None]) -> str:
+    """Write the base that a shrunk run adapts, of random weights, and return its path.
+
+    Raises:
+        RankFailure: as of `train_on_ranks`.
+    """
+    base = base_of(config)
+    with RankPool(1, logs=directory / LOGS) as pool:
+        (path,) = pool.run(_write_base, base.model_dump(), str(directory), timeout_s=TIMEOUT_S, tick=tick)
+    return str(path)
+
+
+def _write_base(keys: dict[str, Any], directory: str) -> str:
+    config = RunConfig.model_validate(keys)
+    engine = build_engine(config, init_topology(1, 1), ZeroChoice())
+    return str(save_checkpoint(engine, Path(directory), Progress(), show(config)))
 
 
 def _read(path: Path) -> Series:

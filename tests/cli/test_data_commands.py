@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from lmscale.cli.data_commands import data_app, tokenize, tokenizer_app
-from lmscale.errors import DataError
+from lmscale.errors import ConfigError, DataError
 
 TEXT = "The quick brown fox jumps over the lazy dog,\n\tand 2 + 2 = 4.\n" * 20
 
@@ -46,6 +46,45 @@ def test_text_becomes_a_corpus_that_can_be_looked_into(text: Path, tmp_path: Pat
     assert "uint16" in out
     assert "0 The quick brown fox jumps over the lazy dog,\n" in out
     assert "document 1" not in out
+
+
+def test_pairs_are_kept_and_begin_with_their_task(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"q": f"{number} {TEXT}", "a": str(number)}) + "\n" for number in range(5)))
+    vocabulary = ("--vocab-size", 405, "--model-type", "bpe", "--output", tmp_path / "tokenizer")
+    call("tokenizer", "train", "--input", path, "--json-key", "q", *vocabulary)
+    prefix, tokenizer = tmp_path / "pairs", ("--tokenizer", tmp_path / "tokenizer")
+    pair = ("--pair", "q", "a", "--task-prefix", "count: ")
+    assert "5 documents" in call("tokenize", "--input", path, *tokenizer, "--output", prefix, *pair)
+    out = call("data", "inspect", prefix, *tokenizer)
+    assert "10 (pairs)" in out
+    assert "count: 0 The quick" in out
+
+
+def test_options_that_pairs_do_not_read_are_refused(tmp_path: Path) -> None:
+    line = ["tokenize", "--input", "a.jsonl", "--tokenizer", "t", "--output", "p"]
+    for options, field in (
+        (["--task-prefix", "x: "], "--task-prefix"),
+        (["--pair", "q", "a", "--sentences", "lines"], "--sentences"),
+        (["--pair", "q", "a", "--json-key", "body"], "--json-key"),
+        (["--pair", "q", "q"], "--pair"),
+        (["--language", "de"], "--language"),
+        (["--sentences", "lines", "--language", "de"], "--language"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{field}"):
+            CliRunner().invoke(app, line + options, catch_exceptions=False)
+
+
+def test_pairs_of_whole_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    call(
+        *("tokenizer", "train", "--input", tmp_path / "a.txt", "--vocab-size", 405, "--model-type", "bpe"),
+        *("--output", tmp_path / "tokenizer"),
+    )
+    line = ["tokenize", "--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "tokenizer")]
+    with pytest.raises(DataError, match="holds one text, and pairs have two"):
+        CliRunner().invoke(app, [*line, "--output", str(tmp_path / "p"), "--pair", "q", "a"], catch_exceptions=False)
+    assert not list(tmp_path.glob("p.*"))
 
 
 def test_sentences_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:

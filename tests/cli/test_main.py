@@ -113,6 +113,34 @@ def test_dry_run_prints_the_command_and_the_resolved_config_and_starts_nothing(t
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_says_what_a_device_holds_and_warns_where_it_has_less(tmp_path, capsys):
+    path = write_run(tmp_path)
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump({**SMALL_DEVICE, "memory_bytes": 1.6e9}))
+    assert main(["train", str(path), "--dry-run", "--device-type", str(small)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[1].startswith("# memory: a device needs 1")
+    assert "optimizer" in shown.out.splitlines()[1]
+    assert shown.err.startswith("warning: it will not fit: a device needs ")
+    assert shown.err.count("\n") == 1
+    assert main(["train", str(path), "--dry-run", "--device-type", "H100"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_device_type_without_a_dry_run_is_refused(tmp_path, capsys):
+    assert main(["train", str(write_run(tmp_path)), "--device-type", "H100"]) == 2
+    assert "--device-type" in capsys.readouterr().err
+
+
+SMALL_DEVICE = {
+    "flops_per_second": {"fp32": 1.0e12},
+    "memory_bytes_per_second": 1.0e11,
+    "node_bytes_per_second": 1.0e10,
+    "network_bytes_per_second": 1.0e9,
+    "matmul_fraction": 0.7,
+}
+
+
 def test_train_hands_the_ranks_one_config_and_returns_their_status(tmp_path, monkeypatch, capsys):
     """A stand-in for the launcher reads the config file that it is given, and reports for its rank."""
     path = write_run(tmp_path)

@@ -169,6 +169,7 @@ def test_resolved_json_holds_the_runs_batch_and_clipping():
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.7,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
 

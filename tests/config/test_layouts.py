@@ -37,9 +37,12 @@ CASES = {
         replace(SOUND, zero_stage=2, offload_param=True),
         [replace(SOUND, zero_stage=3, offload_param=True), replace(SOUND, zero_stage=2, offload_optimizer=True)],
     ),
-    "optimizer offload with an optimizer other than adamw": (
-        replace(SOUND, offload_optimizer=True, optimizer="sgd"),
-        [replace(SOUND, offload_optimizer=True), replace(SOUND, optimizer="sgd")],
+    "optimizer offload with adafactor or muon": (
+        replace(SOUND, offload_optimizer=True, optimizer="muon"),
+        [
+            replace(SOUND, optimizer="muon"),
+            *(replace(SOUND, offload_optimizer=True, optimizer=name) for name in ("adamw", "adam", "sgd", "lion")),
+        ],
     ),
 }
 

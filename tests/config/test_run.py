@@ -2,9 +2,16 @@
 
 import pytest
 
+from lmscale.config.check import CROSS_SECTION_RULES, check_run, dp_size_of
+from lmscale.config.data import split_shares
 from lmscale.config.io import parse_run
-from lmscale.config.run import CROSS_SECTION_RULES, ZeroChoice, check_run, dp_size_of, split_shares
+from lmscale.config.run import ZeroChoice
 from lmscale.errors import ConfigError
+from tests.config.broken_adaptations import BROKEN_ADAPTATIONS
+from tests.config.broken_prompts import BROKEN_PROMPTS
+from tests.config.broken_schedules import BROKEN_SCHEDULES
+from tests.config.broken_tasks import BROKEN_TASKS
+from tests.probe.test_rules import BROKEN as BROKEN_PROBES
 
 RUN = {
     "model": {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512},
@@ -45,6 +52,8 @@ BROKEN = [
         "data.seq_length = 33: must be a multiple of parallel.tp_size = 2",
         "use 32 or 34",
     ),
+    (["optim.groups=[{name: decay, match: '*'}]"], 1, "optim.groups.0.name = 'decay': is the name of another", ""),
+    (["model.init.scheme=fan_in", "model.init.std=0.01"], 1, "model.init.std = 0.01: is read with", ""),
     (["parallel.pp_size=3"], 3, "model.num_layers = 4: must be a multiple of parallel.pp_size = 3", "use 3 or 6"),
     (
         ["data.seq_length=4096"],
@@ -65,7 +74,7 @@ BROKEN = [
     (
         ["optim.name=adafactor", "optim.adam_beta2=0.9"],
         1,
-        "optim.adam_beta2 = 0.9: is read with optim.name: adamw only",
+        "optim.adam_beta2 = 0.9: is read with optim.name: adamw or adam or muon only",
         "",
     ),
     (["optim.adafactor_clip=2"], 1, "optim.adafactor_clip = 2.0: is read with optim.name: adafactor only", ""),
@@ -127,11 +136,32 @@ BROKEN = [
         "batch.global_batch_size = 16: must be a multiple of batch.micro_batch_size x dp_size = 2 x 3 = 6",
         "use 12 or 18",
     ),
+    (
+        ["optim.name=sgd", "optim.sgd_nesterov=true"],
+        1,
+        "sgd_nesterov = True: is read with optim.sgd_momentum above 0",
+        "",
+    ),
+    (["optim.lion_beta2=0.9"], 1, "optim.lion_beta2 = 0.9: is read with optim.name: lion only", ""),
+    (
+        ["optim.name=lion", "optim.implementation=deepspeed"],
+        1,
+        "optim.implementation = 'deepspeed': moves values",
+        "auto",
+    ),
+    (["optim.implementation=apex"], 1, "optim.implementation = 'apex': is not installed", "use auto, or torch"),
+    (["train.fused_norms=apex"], 1, "train.fused_norms = 'apex': is not installed", "use auto, or torch"),
     (["parallel.pp_size=2"], 2, "pipeline with ZeRO 2 or 3", "use ZeRO 1"),
     (["objective.name=bart"], 1, "objective.name = 'bart': model.architecture: gpt is trained by causal_lm", ""),
     (["data.decoder_seq_length=8"], 1, "data.decoder_seq_length = 8: is read by bart and t5 only", "leave it out"),
     (["model.preset=bert-base"], 1, "tokenizer: is required by objective bert, for its special ids", "add the section"),
     (["model.token_types=2"], 1, "model.token_types = 2: is read by bert and roberta only", ""),
+    (
+        ["model.preset=t5-small", "tokenizer.path=x", "model.relative_max_distance=16"],
+        1,
+        "model.relative_max_distance = 16: must be above half of model.relative_buckets = 32: 16",
+        "",
+    ),
     (["model.position_embedding=relative"], 1, "model.position_embedding = 'relative': t5 is built with relative", ""),
     (
         ["model.preset=t5-small", "tokenizer.path=x", "objective.noise=iid", "objective.mean_span=4"],
@@ -151,6 +181,50 @@ BROKEN = [
         "data.decoder_seq_length = 2048: must be at most model.max_position_embeddings = 1024",
         "",
     ),
+    (
+        ["model.preset=bart-base", "tokenizer.path=x", "data.decoder_seq_length=2"],
+        1,
+        "data.decoder_seq_length = 2: must hold one token and two special tokens: at least 3",
+        "",
+    ),
+    *(
+        (["model.preset=bart-base", "tokenizer.path=x", *overrides], 1, rule, "")
+        for overrides, rule in (
+            (
+                ["objective.masked_share=0", "objective.replacement=each"],
+                "objective.replacement = 'each': is read with objective.masked_share above 0 only",
+            ),
+            (
+                ["objective.masking=tokens", "objective.replacement=none", "objective.random_share=0.5"],
+                "objective.random_share = 0.5: is read with masks to replace",
+            ),
+            (
+                ["objective.preset=bart_paper", "objective.masking=tokens"],
+                "objective.preset = 'bart_paper': is read with objective.masking: spans",
+            ),
+            (
+                ["objective.preset=bart_released", "objective.masked_share=0"],
+                "objective.preset = 'bart_released': is read with objective.masking: spans and objective.masked_share",
+            ),
+        )
+    ),
+    (
+        ["faults.overflow_storm.overflows=3"],
+        1,
+        "counts the overflows of fp16, and precision is fp32",
+        "drop the section",
+    ),
+    (["faults.loss_spike={window: 8, min_steps: 9}"], 1, "faults.loss_spike.min_steps = 9: must be at most", ""),
+    (
+        ["faults.non_finite.action=rewind", "checkpoint.save_interval=0"],
+        1,
+        "faults.non_finite.action = 'rewind': goes back to a checkpoint, and checkpoint.save_interval = 0 saves none",
+        "use skip or stop",
+    ),
+    *((overrides, 1, rule, "") for overrides, rule in BROKEN_PROMPTS),
+    *((overrides, 2 if "parallel.tp_size=2" in overrides else 1, rule, "") for overrides, rule in BROKEN_SCHEDULES),
+    *((overrides, 1, rule, "") for overrides, rule in BROKEN_TASKS),
+    *((overrides, 1, rule, "") for overrides, rule in BROKEN_ADAPTATIONS),
 ]
 
 
@@ -166,8 +240,8 @@ def test_broken_rules_name_field_value_and_remedy(overrides, ranks, rule, remedy
 
 def test_every_rule_between_sections_is_broken_above():
     broken = set()
-    for overrides, _, _, _ in BROKEN:
-        config = parse_run(RUN, overrides)
+    configs = [parse_run(RUN, overrides) for overrides, _, _, _ in BROKEN]
+    for config in [*configs, *(parse_run(keys) for keys, _ in BROKEN_PROBES)]:
         for rule in CROSS_SECTION_RULES:
             try:
                 rule(config)

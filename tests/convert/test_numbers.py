@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmscale.config.checkpoint_paths import find_checkpoint
 from lmscale.convert.exporting import export_hf
 from lmscale.convert.importing import import_hf
-from lmscale.train.checkpoint_reader import find_checkpoint
 from tests.convert.models import CASES, VOCAB_SIZE, build, reload, save
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import GPT, LLAMA, losses, pretrain_on_ranks, run_keys

@@ -19,6 +19,7 @@ from lmscale.convert.importing import import_hf
 from lmscale.convert.registry import FAMILIES
 from lmscale.errors import CheckpointError, ConfigError, ConversionError
 from tests.convert.models import CASES, build, save, stored
+from tests.evaluate.checkpoints import reseal
 
 Change = dict[str, Any]
 
@@ -65,6 +66,8 @@ def refused(tmp_path: Path, source: Path, part: str, kind: type[Exception] = Con
         ("gpt2", {"tie_word_embeddings": False}, "lacks lm_head.weight"),
         ("gpt2 untied, gelu", {"tie_word_embeddings": True}, "lm_head.weight: differs from transformer.wte.weight"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json: rope_scaling = {"),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, "config.json: rope_scaling = {"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "abc"}}, "must be a number"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "config.json: rope_scaling = {"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "stretched rope is not built"),
         ("llama", {"sliding_window": 16}, "config.json: sliding_window = 16: attention over a window"),
@@ -264,9 +267,7 @@ def edited(tmp_path: Path, case: str, changes: Change) -> None:
     config = load_run(checkpoint / "config.yaml")
     model = config.model.model_copy(update=changes)
     (checkpoint / "config.yaml").write_text(show(config.model_copy(update={"model": model})))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["config.yaml"] = (checkpoint / "config.yaml").stat().st_size
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    reseal(checkpoint)
 
 
 def test_dropouts_that_have_no_key_are_noted(tmp_path):

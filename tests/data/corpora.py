@@ -36,12 +36,20 @@ def write_corpus(
     return IndexedCorpus(prefix)
 
 
+def write_pairs(
+    prefix: str | Path, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], eos_id: int | None
+) -> IndexedCorpus:
+    """Write pairs of inputs and targets of token ids, eos_id behind each target, and open the corpus."""
+    return write_sentences(prefix, pairs, eos_id, division="pairs")
+
+
 def write_sentences(
     prefix: str | Path,
     documents: Sequence[Sequence[Sequence[int]]],
     eos_id: int | None = None,
     vocab_size: int = 1000,
     tokenizer_hash: str = "none",
+    division: str = "split",
 ) -> IndexedCorpus:
     """Write documents of sentences of token ids, end each document with eos_id, and open the corpus."""
     end = [] if eos_id is None else [eos_id]
@@ -54,7 +62,7 @@ def write_sentences(
         writer.finish(
             lambda sha256, size: Manifest(
                 *(tokenizer_hash, vocab_size, eos_id, writer.num_documents, writer.num_tokens),
-                *({}, sha256, size, "split"),
+                *({}, sha256, size, division),
             )
         )
     return IndexedCorpus(prefix)

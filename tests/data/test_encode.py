@@ -17,9 +17,10 @@ from lmscale.config.data import TokenizerConfig
 from lmscale.data import writer as writer_module
 from lmscale.data.encode import encode_corpus
 from lmscale.data.indexed import IndexedCorpus
+from lmscale.data.readers import TextReader
 from lmscale.data.sentences import SentenceMode, SentenceSplitter
 from lmscale.data.tokenizer import SentencePieceTokenizer
-from lmscale.errors import DataError, RunError
+from lmscale.errors import EXIT_BAD_INPUT, DataError, OutputError
 from tests.data.corpora import TEXTS, write_corpus
 
 
@@ -58,7 +59,9 @@ def test_sentences_are_sequences_and_the_last_one_has_the_document_end(
     corpus_file: Path, config: TokenizerConfig, tokenizer: SentencePieceTokenizer, tmp_path: Path, mode: SentenceMode
 ) -> None:
     splitter = SentenceSplitter(mode)
-    manifest = encode_corpus([str(corpus_file)], config, tmp_path / "c", workers=1, splitter=splitter).manifest
+    manifest = encode_corpus(
+        [str(corpus_file)], config, tmp_path / "c", workers=1, reader=TextReader(splitter=splitter)
+    ).manifest
     assert (manifest.sentences, manifest.documents) == (mode, len(TEXTS))
     corpus = IndexedCorpus(tmp_path / "c")
     assert corpus.has_sentences
@@ -78,7 +81,7 @@ def test_a_tokenizer_without_eos_ends_documents_with_sep_and_makes_no_empty_sent
     (tmp_path / "a.jsonl").write_text('{"text": "One.\\n\\u200b\\nTwo three."}\n{"text": " "}\n')
     config = TokenizerConfig(type="hf", path=str(tmp_path))
     splitter = SentenceSplitter("lines")
-    encode_corpus([str(tmp_path / "a.jsonl")], config, tmp_path / "c", workers=1, splitter=splitter)
+    encode_corpus([str(tmp_path / "a.jsonl")], config, tmp_path / "c", workers=1, reader=TextReader(splitter=splitter))
     corpus = IndexedCorpus(tmp_path / "c")
     assert corpus.tokens.tolist() == [5, 8, 6, 7, 8, 3, 3]
     assert corpus.sentence_offsets.tolist() == [0, 2, 6, 7]
@@ -107,7 +110,13 @@ def test_sentences_do_not_depend_on_the_number_of_workers(
     corpus_file: Path, config: TokenizerConfig, tmp_path: Path
 ) -> None:
     for workers in (1, 2):
-        encode_corpus([str(corpus_file)], config, tmp_path / f"c{workers}", workers, splitter=SentenceSplitter("split"))
+        encode_corpus(
+            [str(corpus_file)],
+            config,
+            tmp_path / f"c{workers}",
+            workers,
+            reader=TextReader(splitter=SentenceSplitter("split")),
+        )
     assert (tmp_path / "c1.idx").read_bytes() == (tmp_path / "c2.idx").read_bytes()
 
 
@@ -146,8 +155,9 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
         fsync(descriptor)
 
     monkeypatch.setattr(writer_module.os, "fsync", full)
-    with pytest.raises(RunError, match="the disk is full"):
+    with pytest.raises(OutputError, match="the disk is full") as caught:
         encode_corpus([str(corpus_file)], config, tmp_path / "out" / "c", workers=1)
+    assert caught.value.exit_status == EXIT_BAD_INPUT
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -181,7 +191,7 @@ def test_a_limit_on_the_size_of_files_while_writing_is_a_full_disk(
 ) -> None:
     process = start(tmp_path, large_file, config.path, tmp_path / "out" / "c", workers, 1 << 20)
     out, err = process.communicate(timeout=60)
-    assert out.startswith("RunError: ")
+    assert out.startswith("OutputError: ")
     assert "the disk is full" in out
     assert err == ""
     assert not list((tmp_path / "out").iterdir())

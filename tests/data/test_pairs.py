@@ -193,3 +193,9 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
     blank = Part(write_sentences(tmp_path / "d", [[[11], [12]], [[]]], EOS))
     with pytest.raises(DataError, match="has 1 document with text"):
         make(blank).num_samples()
+
+
+def test_a_corpus_in_which_one_document_has_text_is_refused_before_it_is_cut(tmp_path: Path) -> None:
+    corpus = write_sentences(tmp_path / "c", [[[11], [12]], [[]], [[]]], eos_id=2)
+    with pytest.raises(DataError, match="has 1 document with text, and a random segment B is taken from another"):
+        SentencePairs(Part(corpus), 16, 0.1, 0, 0, 0)

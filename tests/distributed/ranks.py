@@ -27,10 +27,21 @@ def run_ranks(world_size: int, function: Any, *args: Any, timeout_s: float = TIM
     pool = _pools.get(world_size)
     if pool is None or pool.is_closed or _jobs[world_size] == JOBS_A_POOL:
         close_pools()
+        _leave_own_group()
         pool = _pools[world_size] = RankPool(world_size)
         _jobs[world_size] = 0
     _jobs[world_size] += 1
     return pool.run(function, *args, timeout_s=timeout_s)
+
+
+def _leave_own_group() -> None:
+    """Leave the group of one rank that a test made in this process, by loading a model: ranks that are forked would have it."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 @atexit.register

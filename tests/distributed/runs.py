@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lmscale.config.checkpoint_paths import find_checkpoint
 from tests.distributed.ranks import run_ranks
 
 Keys = dict[str, Any]
@@ -68,9 +69,11 @@ def run_keys(corpus: str, output_dir: Path, **changes: Any) -> Keys:
     return keys
 
 
-def pretrain_on_ranks(world_size: int, keys: Keys, timeout_s: float = 240.0) -> list[Keys]:
-    """Train a run on forked ranks and return the records of its metrics.jsonl."""
-    assert run_ranks(world_size, pretrain_in_rank, keys, timeout_s=timeout_s) == [0] * world_size
+def pretrain_on_ranks(
+    world_size: int, keys: Keys, timeout_s: float = 240.0, pipeline: bool | None = None
+) -> list[Keys]:
+    """Train a run on forked ranks and return the records of its metrics.jsonl; `pipeline` as of `pretrain`."""
+    assert run_ranks(world_size, pretrain_in_rank, keys, pipeline, timeout_s=timeout_s) == [0] * world_size
     return records(keys)
 
 
@@ -85,14 +88,14 @@ def fresh(keys: Keys) -> Keys:
     return keys
 
 
-def pretrain_in_rank(keys: Keys) -> int:
+def pretrain_in_rank(keys: Keys, pipeline: bool | None = None) -> int:
     """Train a run on this rank of a pool and return its exit status."""
     import gc
 
     from lmscale.config.io import parse_run
     from lmscale.pretrain import pretrain
 
-    status = pretrain(parse_run(keys))
+    status = pretrain(parse_run(keys), pipeline=pipeline)
     gc.collect()
     return status
 
@@ -105,6 +108,17 @@ def losses(run: list[Keys]) -> list[float]:
 def norms(run: list[Keys]) -> list[float]:
     """The gradient norm of each step."""
     return [record["train/grad_norm"] for record in run]
+
+
+def final_state(keys: Keys) -> dict[str, Any]:
+    """Read the bytes of a run's last checkpoint: master weights and moments as stored, and every counter."""
+    checkpoint = find_checkpoint(Path(keys["output_dir"], "checkpoints"))
+    assert checkpoint is not None
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    state = {key: manifest[key] for key in ("progress", "optimizer", "loss_scaler", "layout")}
+    files = {path.name: path.read_bytes() for path in sorted(checkpoint.glob("rank-*"))}
+    assert files
+    return {**state, **files}
 
 
 def largest_difference(ours: list[float], reference: list[float]) -> float:

@@ -11,6 +11,7 @@ import pytest
 
 from lmscale.config.data import TokenizerConfig
 from lmscale.data.encode import encode_corpus
+from lmscale.data.readers import PairReader, TextReader
 from lmscale.data.sentences import SentenceSplitter
 from lmscale.data.tokenizer_training import train_tokenizer
 from tests.distributed.runs import Keys, largest_difference, losses, norms, pretrain_on_ranks
@@ -29,6 +30,7 @@ OBJECTIVES: dict[str, Keys] = {
     "roberta": {"name": "roberta"},
     "bart": {"name": "bart", "preset": "bart_released"},
     "t5": {"name": "t5"},
+    "text-to-text": {"name": "text_to_text"},
     "prefix-lm": {"name": "causal_lm", "prefix_lm": True},
 }
 LAYOUTS: dict[str, tuple[int, Keys]] = {
@@ -37,8 +39,9 @@ LAYOUTS: dict[str, tuple[int, Keys]] = {
         4,
         {"parallel__tp_size": 2, "parallel__pp_size": 2, **{"deepspeed__zero_optimization__stage": 1}},
     ),
-    "dp2-zero2": (2, {"deepspeed__zero_optimization__stage": 2}),
-    "dp2-zero3": (2, {"deepspeed__zero_optimization__stage": 3}),
+    "tp2": (2, {"parallel__tp_size": 2}),
+    "pp2": (2, {"parallel__pp_size": 2}),
+    **{f"dp2-zero{stage}": (2, {"deepspeed__zero_optimization__stage": stage}) for stage in range(4)},
 }
 
 
@@ -58,12 +61,22 @@ def _document(number: int) -> str:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Text of sentences, tokenized: (prefix, tokenizer)."""
-    home = tmp_path_factory.mktemp("text")
+    return prepare(tmp_path_factory.mktemp("text"))
+
+
+def prepare(home: Path) -> tuple[str, str]:
+    """Tokenize text of sentences: (prefix, tokenizer)."""
     text = home / "text.jsonl"
     text.write_text("".join(json.dumps({"text": _document(number)}) + "\n" for number in range(120)))
     train_tokenizer([str(text)], VOCAB_SIZE, "bpe", home / "tokenizer")
     tokenizer = TokenizerConfig(path=str(home / "tokenizer"))
-    encode_corpus([str(text)], tokenizer, home / "corpus", workers=1, splitter=SentenceSplitter("split"))
+    encode_corpus(
+        [str(text)], tokenizer, home / "corpus", workers=1, reader=TextReader(splitter=SentenceSplitter("split"))
+    )
+    pairs = home / "pairs.jsonl"
+    lines = [{"whole": _document(number), "first": _document(number).split()[0]} for number in range(120)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encode_corpus([str(pairs)], tokenizer, home / "corpus-pairs", workers=1, reader=PairReader("whole", "first", "1: "))
     return str(home / "corpus"), tokenizer.path
 
 
@@ -71,7 +84,8 @@ def keys_of(objective: str, prepared: tuple[str, str], output_dir: Path, **chang
     """Make the config of a run."""
     prefix, tokenizer = prepared
     name = OBJECTIVES[objective]["name"]
-    architecture = "gpt" if name == "causal_lm" else name
+    architecture = {"causal_lm": "gpt", "text_to_text": "t5"}.get(name, name)
+    prefix += "-pairs" * (name == "text_to_text")
     keys: Keys = {
         "model": {
             "architecture": architecture,
@@ -146,6 +160,7 @@ def covered(second: Iterable[str], *quick: tuple[str, str]) -> list[Any]:
         ("bart", "tp2-sp"),
         ("t5", "tp2-pp2-zero1"),
         ("t5", "dp2-zero2"),
+        ("text-to-text", "tp2-pp2-zero1"),
         ("prefix-lm", "tp2-sp"),
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmscale.config.io import parse_run, show
-from lmscale.train.checkpoint_reader import FORMAT
+from lmscale.train.checkpoint_files import MANIFEST, seal
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,12 +51,17 @@ def write_checkpoint(directory: Path, keys: dict[str, Any], tensors: Tensors) ->
         for name, tensor in tensors.items()
     ]
     (directory / "rank-00000.json").write_text(json.dumps(pieces))
-    manifest = {
-        "format": FORMAT,
+    fields = {
         "progress": {"step": 1, "consumed_samples": 2, "consumed_tokens": 128, "skipped_steps": 0},
         "optimizer": {"name": "AdamW", "step": 1},
         "loss_scaler": None,
-        "files": {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()},
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    seal(directory, fields)
     return directory
+
+
+def reseal(directory: Path, **changes: Any) -> None:
+    """Write the manifest anew over files that were changed, with other values for some of its keys."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    own = {"format", "files", "checksum"}
+    seal(directory, {key: value for key, value in manifest.items() if key not in own} | changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from lmscale.config.checkpoint_paths import resolve_checkpoint
 from lmscale.errors import CheckpointError, ConfigError, DataError, LmscaleError
 from lmscale.evaluate.batches import pad_left
 from lmscale.evaluate.loading import read_config
-from lmscale.train.checkpoint_reader import resolve_checkpoint
 from tests.data.corpora import write_corpus
 from tests.distributed.ranks import run_ranks
 from tests.evaluate import stacks
-from tests.evaluate.checkpoints import run_keys, write_checkpoint
+from tests.evaluate.checkpoints import reseal, run_keys, write_checkpoint
 from tests.evaluate.reference import MODELS, load_pair
 
 GPT2 = MODELS["gpt2"]
@@ -132,9 +131,7 @@ def _with_other_width(home: Path) -> Path:
     path = Path(shutil.copytree(home / "gpt2", home / "other"))
     config = (path / "config.yaml").read_text().replace("hidden_size: 32", "hidden_size: 64")
     (path / "config.yaml").write_text(config)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["config.yaml"] = len(config)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    reseal(path)
     return path
 
 

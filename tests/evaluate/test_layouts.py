@@ -54,13 +54,13 @@ def _save(keys: dict[str, Any]) -> None:
     from lmscale.launcher.validate import validate_run
     from lmscale.parallel.topology import init_topology
     from lmscale.pretrain import build_engine
-    from lmscale.train.checkpoint import save_checkpoint
     from lmscale.train.progress import Progress
+    from lmscale.train.saving import save_checkpoint
 
     plan = validate_run(parse_run(keys), dist.get_world_size())
     topology = init_topology(plan.config.parallel.tp_size, plan.config.parallel.pp_size)
     engine = build_engine(plan.config, topology, plan.zero)
-    save_checkpoint(engine, Path(keys["output_dir"]) / "checkpoints", Progress(), show(plan.config), None, keep=0)
+    save_checkpoint(engine, Path(keys["output_dir"]) / "checkpoints", Progress(), show(plan.config))
 
 
 def _read(run: str) -> dict[str, Any]:

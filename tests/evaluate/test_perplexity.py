@@ -46,14 +46,9 @@ prepared = test_objectives.prepared
 
 @pytest.mark.parametrize("objective", test_objectives.OBJECTIVES)
 def test_the_loss_of_every_objective_is_the_one_that_training_logs(tmp_path, prepared, objective):
-    keys = test_objectives.keys_of(
-        objective,
-        prepared,
-        tmp_path,
-        data__valid=[{"name": "held", "prefix": prepared[0]}],
-        data__split="100,0,0",
-        train__eval_batches=10_000,
-    )
+    keys = test_objectives.keys_of(objective, prepared, tmp_path, data__split="100,0,0", train__eval_batches=10_000)
+    # The corpus of the objective's own kind, which text-to-text takes of pairs.
+    keys["data"]["valid"] = [{"name": "held", "prefix": keys["data"]["train"][0]["prefix"]}]
     found = run_ranks(1, _measure, keys)[0]
     assert math.isclose(found["logged"], found["measured"].loss, rel_tol=TOLERANCE)
     assert math.isclose(found["measured"].loss, found["in other batches"].loss, rel_tol=TOLERANCE)
@@ -70,15 +65,15 @@ def _measure(keys: dict[str, Any]) -> dict[str, Any]:
     from lmscale.launcher.validate import validate_run
     from lmscale.parallel.topology import init_topology
     from lmscale.pretrain import build_engine
-    from lmscale.train.checkpoint import save_checkpoint
     from lmscale.train.progress import Progress
+    from lmscale.train.saving import save_checkpoint
     from lmscale.train.validate import validate
 
     plan = validate_run(parse_run(keys), 1)
     config = plan.config
     engine = build_engine(config, init_topology(1, 1), plan.zero)
     logged = validate(engine, build_valid_loaders(config, 0, 1))
-    path = save_checkpoint(engine, Path(config.output_dir) / "checkpoints", Progress(), show(config), None, keep=0)
+    path = save_checkpoint(engine, Path(config.output_dir) / "checkpoints", Progress(), show(config))
     model, prefix = load(path), config.data.valid[0].prefix
     corpus = IndexedCorpus(prefix)
     return {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale.data.readers import TextReader
 from lmscale.data.sentences import SentenceSplitter
 from lmscale.data.tokenizer_training import train_tokenizer
 
@@ -37,5 +38,5 @@ def prefix(text: Path, tokenizer_path: Path, tmp_path_factory: pytest.TempPathFa
 
     path = tmp_path_factory.mktemp("corpus") / "c"
     config = TokenizerConfig(path=str(tokenizer_path))
-    encode_corpus([str(text)], config, path, workers=1, splitter=SentenceSplitter("split"))
+    encode_corpus([str(text)], config, path, workers=1, reader=TextReader(splitter=SentenceSplitter("split")))
     return path

@@ -68,12 +68,10 @@ def make(tmp_path: Path, prefix: Path, tokenizer_path: Path) -> Any:
     return make_run
 
 
-def eight(consumed: int) -> int:
-    return 8
-
-
 def read(config: RunConfig, rank: int = 0, size: int = 1, consumed: int = 0) -> list[Batch]:
-    return list(build_train_loader(config, rank, size, consumed, eight))
+    nominal = config.lengths.nominal
+    steps = [(first, 8, nominal) for first in range(consumed, -(-config.train.train_tokens // nominal), 8)]
+    return list(build_train_loader(config, rank, size, steps))
 
 
 def are_equal(ones: list[Batch], others: list[Batch]) -> bool:

@@ -42,10 +42,10 @@ def test_what_was_taken_out_does_not_change_when_the_slot_is_filled_again() -> N
 
 
 def test_an_error_travels_with_all_its_parts() -> None:
-    def fail(indices: np.ndarray) -> Arrays:
+    def fail(indices: np.ndarray, seq_length: int | None) -> Arrays:
         raise DataError("is wrong", field="here", value=3, remedy="mend it")
 
-    returned = SlotFiller(fail, Slots(1, make_arrays(), shared=False)).__getitems__((0, [1, 2]))
+    returned = SlotFiller(fail, Slots(1, make_arrays(), shared=False)).__getitems__((0, [1, 2], None))
     error = pickle.loads(pickle.dumps(returned))
     assert isinstance(error, DataError)
     assert (str(error), error.field, error.value) == ("here = 3: is wrong; mend it", "here", 3)

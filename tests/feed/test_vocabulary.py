@@ -105,6 +105,16 @@ def test_what_the_tokenizer_lacks_is_named(make: Any, tmp_path: Path) -> None:
             build_objective(config.objective, config.lengths, build_vocabulary(config))
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"model\.vocab_size = 419: the tokenizer .* has 420 entries; use .* = 420"):
+        build_vocabulary(make({"name": "roberta"}, "model.vocab_size=419"))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "##es", "."]
+    tokenizer = TokenizerConfig(type="hf", path=word_piece(tmp_path, pieces))
+    small = make({"name": "bert"}, "model.vocab_size=7").model_copy(update={"tokenizer": tokenizer})
+    with pytest.raises(DataError, match=r"model\.vocab_size = 7: the tokenizer .* has 8 entries"):
+        build_vocabulary(small)
+
+
 def test_the_full_stop_has_to_be_a_piece_and_to_be_found(make: Any) -> None:
     config = make({"name": "bart"})
     vocabulary = build_vocabulary(config)
@@ -113,7 +123,7 @@ def test_the_full_stop_has_to_be_a_piece_and_to_be_found(make: Any) -> None:
     with pytest.raises(DataError, match=r"objective\.full_stop = 'stop': the tokenizer .* has no such piece"):
         build_vocabulary(make({"name": "bart", "full_stop": "stop"}))
     other = make({"name": "bart", "full_stop": "<0x01>"})
-    with pytest.raises(DataError, match=r"have no full stop, objective\.full_stop = '<0x01>'"):
+    with pytest.raises(DataError, match=r"has no full stop, objective\.full_stop = '<0x01>'"):
         check_full_stop(build_vocabulary(other), other.objective, sources)
     assert build_vocabulary(make({"name": "bart", "permuted_share": 0.0})).full_stop_id is None
 
@@ -134,7 +144,7 @@ def test_a_t5_vocabulary_may_be_rounded_up_to_128(make: Any) -> None:
 
 
 def test_the_launcher_refuses_what_the_ranks_would(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"have no full stop"):
+    with pytest.raises(DataError, match=r"has no full stop"):
         validate_run(make({"name": "bart", "full_stop": "<0x01>"}), 1)
     with pytest.raises(DataError, match="the valid share has 1 document with text"):
         validate_run(make({"name": "bert"}, "data.split='59,1,0'"), 1)

@@ -73,10 +73,45 @@ def test_attention_takes_the_flash_kernel() -> None:
     )
 
 
-def test_adam_is_fused() -> None:
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+@pytest.mark.parametrize("implementation", ["torch", "deepspeed", "apex"])
+def test_fused_adam_takes_the_steps_of_plain_torch(name: str, implementation: str) -> None:
+    from lmscale.config.nvidia_apex import apex_problem
     from lmscale.config.optim import OptimConfig
-    from lmscale.optim.build import build_optimizer
+    from lmscale.config.run import ZeroChoice
+    from lmscale.optim.build import build_optimizer, set_rate
 
-    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
-    optimizer = build_optimizer([{"params": [weight]}], OptimConfig(lr=1.0e-3), weight.device, offload=False)
-    assert optimizer.defaults["fused"]
+    if implementation == "apex" and apex_problem("adam") is not None:
+        pytest.skip(f"apex {apex_problem('adam')}")
+    optim = OptimConfig(lr=1.0e-2, name=name, implementation=implementation, adam_beta2=0.98)
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 1000, device="cuda")) for _ in range(2)]
+    ours = build_optimizer([{"params": weights[:1], "weight_decay": 0.1}], optim, weights[0].device, ZeroChoice())
+    theirs = kind(weights[1:], lr=1.0e-2, betas=(0.9, 0.98), weight_decay=0.1, foreach=False)
+    set_rate(ours, 1.0e-2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        grad = torch.randn(1000, generator=generator).cuda()
+        for weight in weights:
+            weight.grad = grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(*weights, rtol=1.0e-5, atol=1.0e-6)
+
+
+@pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
+def test_apex_norms_are_torchs(normalization: str) -> None:
+    from lmscale.config.nvidia_apex import apex_problem
+    from lmscale.models.norm import _apex_functions
+
+    if apex_problem("norms") is not None:
+        pytest.skip(f"apex {apex_problem('norms')}")
+    layer_norm, rms_norm = _apex_functions()
+    hidden, weight, bias = (torch.randn(*shape, device="cuda") for shape in ((6, 4, 64), (64,), (64,)))
+    if normalization == "layernorm":
+        ours = layer_norm(hidden, weight, bias, weight.shape, 1.0e-5)
+        theirs = torch.nn.functional.layer_norm(hidden, weight.shape, weight, bias, 1.0e-5)
+    else:
+        ours = rms_norm(hidden, weight, weight.shape, 1.0e-5)
+        theirs = torch.nn.functional.rms_norm(hidden, weight.shape, weight, 1.0e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1.0e-5, atol=1.0e-5)

@@ -24,6 +24,14 @@ def test_ranks_that_are_given_stay():
     assert environ["RANK"] == "0"
 
 
+def test_a_process_that_no_launcher_started_is_the_only_rank():
+    environ = {"HOME": "/"}
+    adopt_rank(environ)
+    assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == ("0", "0", "1")
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+    assert int(environ["MASTER_PORT"]) >= 1024
+
+
 def test_secrets_do_not_travel():
     environ = {
         "NCCL_DEBUG": "INFO",

@@ -13,11 +13,13 @@ import pytest
 
 from lmscale.launcher.environment import free_port
 from lmscale.launcher.processes import marked, ranks_of
-from lmscale.launcher.status import RUN_ID, Report
+from lmscale.launcher.status import RUN_ID, Report, read_registrations
 from lmscale.launcher.supervise import Outcome, outcome_of, supervise
 
 HERE = Path(__file__).parent
 DEADLINE_S = 60.0
+SECONDS_TO_END = 15.0
+"""From the death of a rank to the end of all: 4 s of grace, the launcher's own polling, and room for a busy machine."""
 
 
 class Launch:
@@ -30,14 +32,13 @@ class Launch:
         self.run_id, self.num_ranks = uuid.uuid4().hex, num_ranks
         self.script = [str(HERE / "stand_in.py"), behaviour, str(self.logs)]
 
-    def run(self, when=None, grace_s: float = 5.0) -> Outcome:
+    def run(self, when=None, grace_s: float = 5.0, **options) -> Outcome:
         thread = threading.Thread(target=when or (lambda: None))
         thread.start()
         argv = [sys.executable, str(HERE / "fake_launcher.py"), str(self.num_ranks), *self.script]
         try:
-            return supervise(
-                argv, {**os.environ, RUN_ID: self.run_id}, self.status_dir, self.num_ranks, grace_s=grace_s
-            )
+            environ = {**os.environ, RUN_ID: self.run_id}
+            return supervise(argv, environ, self.status_dir, self.num_ranks, logs=self.logs, grace_s=grace_s, **options)
         finally:
             thread.join()
             assert marked(self.run_id) == {}
@@ -137,6 +138,37 @@ def test_a_killed_rank_makes_status_1(tmp_path):
     assert "rank 1 of 2" in outcome.error
 
 
+def test_a_killed_rank_is_named_and_not_the_crash_of_those_that_lost_it(tmp_path):
+    outcome = Launch(tmp_path, "killed-and-lost").run()
+    assert outcome == Outcome(1, "died without a word, killed or crashed: rank 1 of 2", lost=(1,))
+
+
+def test_ranks_that_wait_for_a_killed_one_are_ended_within_seconds(tmp_path):
+    launch, killed_at = Launch(tmp_path, "deaf", num_ranks=3), []
+
+    def act():
+        launch.wait_for("up")
+        os.kill(read_registrations(launch.status_dir)[2].pid, signal.SIGKILL)
+        killed_at.append(time.monotonic())
+
+    outcome = launch.run(act, grace_s=60.0)
+    assert (outcome.status, outcome.lost) == (1, (2,))
+    assert time.monotonic() - killed_at[0] < SECONDS_TO_END
+
+
+def test_a_term_before_ranks_on_other_hosts_are_up_leaves_the_stop_file_with_the_launchs_id(tmp_path):
+    launch, stop_file = Launch(tmp_path, "late"), tmp_path / "STOP"
+
+    def act():
+        wait_until(lambda: len(ranks_of(launch.run_id)) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(stop_file.exists)
+        launch.signal_when("up", signal.SIGTERM)()  # these stand-ins do not look at it
+
+    launch.run(act, is_local=False, stop_file=stop_file)
+    assert stop_file.read_text() == launch.run_id
+
+
 def test_survivors_of_a_killed_rank_are_ended_without_the_launcher(tmp_path):
     launch = Launch(tmp_path, "deaf")
 
@@ -178,10 +210,11 @@ def test_handlers_are_put_back(tmp_path):
         ([0, 0], 2, 0),
         ([75, 75], 2, 75),
         ([75, 1], 2, 1),
-        ([2, 1], 2, 1),
+        ([2, 1], 2, 2),
         ([2], 2, 2),
         ([75], 2, 1),
         ([76], 2, 76),
+        ([1, 76], 2, 1),
         ([0, 77], 2, 77),
         ([3, 0], 2, 1),
         ([], 2, 1),
@@ -192,7 +225,17 @@ def test_outcome_of_reports(statuses, num_ranks, expected):
     assert outcome_of(reports, num_ranks, launcher_status=0).status == expected
 
 
-@pytest.mark.parametrize(("launcher_status", "expected"), [(0, 0), (75, 75), (1, 1)])
+def test_what_a_rank_says_on_purpose_is_told_and_not_the_crash_of_those_that_lost_it():
+    lost = "rank 0 failed: RuntimeError: Connection closed by peer"
+    for status in (1, 2):
+        reports = {0: Report(1, lost), 1: Report(status, "output_dir: the disk is full"), 2: Report(1, lost)}
+        assert outcome_of(reports, 3, launcher_status=1) == Outcome(status, "output_dir: the disk is full")
+    assert outcome_of({0: Report(1, lost), 1: Report(0, "")}, 2, launcher_status=1) == Outcome(1, lost)
+    hang = Report(76, "no progress")
+    assert outcome_of({0: Report(1, lost), 1: hang}, 2, launcher_status=1) == Outcome(76, "no progress")
+
+
+@pytest.mark.parametrize(("launcher_status", "expected"), [(0, 0), (75, 75), (76, 76), (1, 1)])
 def test_ranks_that_cannot_report_from_other_hosts_are_judged_by_the_launcher(launcher_status, expected):
     assert outcome_of({}, 4, launcher_status, is_local=False).status == expected
 

@@ -1,10 +1,17 @@
 """What is refused before any rank starts."""
 
+import importlib.util
+import json
+import sys
+
 import pytest
 
 from lmscale.config.io import show
 from lmscale.errors import LmscaleError
+from lmscale.launcher.identity import identity_of
 from lmscale.launcher.validate import validate_run
+from lmscale.train.progress import Progress
+from lmscale.train.stages import blend_of, stages_from_here
 from tests.launcher.runs import make_run, write_corpus, write_deepspeed
 
 
@@ -42,6 +49,7 @@ def test_validation_leaves_nothing_behind(tmp_path):
             1,
             "the train share has 64 tokens in 2 documents, fewer than one window of",
         ),
+        (["optim.groups=[{name: x, match: layer.0.*}]"], 1, "optim.groups.0.match = 'layer.0.*': matches no parameter"),
         (["data.split='1,1,0'", "data.seq_length=24"], 1, "the valid share has 24 tokens in 1 documents"),
         (["tokenizer.path=nowhere"], 1, "there is no tokenizer"),
     ],
@@ -102,6 +110,132 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
     assert "was tokenized with a vocabulary of 300, and model.vocab_size is 512" in refusal(config)
 
 
+class TestCheckpoints:
+    """What a run will read is looked at before its ranks start."""
+
+    def saved(self, tmp_path, *overrides):
+        config = make_run(tmp_path, *overrides)
+        directory = tmp_path / "other" / "checkpoints" / "step-00000003"
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text(show(config))
+        (directory / "rank-00000.safetensors").write_bytes(b"tensors")
+        (directory / "manifest.json").write_text('{"format": 1, "files": {"rank-00000.safetensors": 7}}')
+        (directory.parent / "latest").write_text(directory.name)
+        return directory
+
+    @pytest.fixture(params=["model.init_from", "checkpoint.resume"])
+    def key(self, request):
+        return request.param
+
+    def test_a_checkpoint_of_the_model_is_taken_by_each_of_its_names(self, tmp_path, key):
+        directory = self.saved(tmp_path, "optim.lr=0.5", "batch.micro_batch_size=4")
+        for path in (directory, directory.parent, directory.parent.parent):
+            validate_run(make_run(tmp_path, f"{key}={path}"), 1)
+
+    @pytest.mark.parametrize("override", ["model.hidden_size=128", "model.num_layers=4", "model.tied_head=false"])
+    def test_a_checkpoint_of_another_model_is_refused(self, tmp_path, key, override):
+        directory = self.saved(tmp_path, override)
+        line = refusal(make_run(tmp_path, f"{key}={tmp_path / 'other'}"))
+        assert line.startswith(f"{key} = '{directory}': is of another model: ")
+
+    @pytest.mark.parametrize(
+        ("override", "key", "allow"),
+        [
+            ("train.seed=5", "train.seed", "seed"),
+            ("batch.global_batch_size=8", "batch.global_batch_size", "batch"),
+            ("data.seq_length_stages=[{seq_length: 8, until_tokens: 100}]", "data.seq_length_stages", "curriculum"),
+            ("data.split='1,1,0'", "data.split", None),
+            ("model.hidden_dropout=0.3", "model.hidden_dropout", None),
+            ("objective={name: causal_lm, prefix_lm: true}", "objective.prefix_lm", None),
+        ],
+    )
+    def test_another_run_is_not_gone_on_from_its_path_but_lends_its_weights(self, tmp_path, override, key, allow):
+        directory = self.saved(tmp_path, override)
+        ours, theirs = (dict(identity_of(make_run(tmp_path, *more)))[key] for more in ([], [override]))
+        line = refusal(make_run(tmp_path, f"checkpoint.resume={directory}"))
+        assert line.startswith(
+            f"{key} = {ours!r}: the checkpoint {directory} has {theirs!r}; use the former value, or "
+        )
+        assert ("checkpoint.allow_change" in line) == (allow is not None)
+        if allow:
+            assert f"checkpoint.allow_change = ['{allow}']" in line
+            validate_run(make_run(tmp_path, f"checkpoint.resume={directory}", f"checkpoint.allow_change=[{allow}]"), 1)
+        validate_run(make_run(tmp_path, f"model.init_from={directory}"), 1)
+
+    def test_corpora_are_compared_by_content(self, tmp_path):
+        config = make_run(tmp_path)
+        directory = self.saved(tmp_path)
+        (stage,) = stages_from_here(config, Progress(), [])
+        manifest = {"format": 1, "files": {"rank-00000.safetensors": 7}, "stages": [stage]}
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        resumed = f"checkpoint.resume={directory}"
+        validate_run(make_run(tmp_path, resumed), 1)
+        stage["train"][0]["content_hash"] = "0123456789abcdef"  # as if the corpus had been made anew since
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        for other in (resumed, f"output_dir={tmp_path / 'other'}"):
+            line = refusal(make_run(tmp_path, other))
+            assert line.startswith(f"data.train = ['{tmp_path}/corpus']: the checkpoint {directory} has read ")
+            assert "content 0123456789ab, weight 1, and there is" in line
+            assert line.endswith("or checkpoint.allow_change = ['data'] to go on otherwise from here")
+            validate_run(make_run(tmp_path, other, "checkpoint.allow_change=[data]"), 1)
+
+    def test_a_tokenizer_is_compared_with_the_checkpoints_copy(self, tmp_path):
+        sentencepiece = pytest.importorskip("sentencepiece")
+        options = {"vocab_size": 60, "model_type": "char", "hard_vocab_limit": False, "minloglevel": 2}
+        sizes = {}
+        for name in "ab":
+            words = iter([f"w{number} " * 3 for number in range(200 if name == "a" else 190)])
+            prefix = str(tmp_path / name)
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=prefix, **options)
+            sizes[name] = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model").get_piece_size()
+        assert sizes["a"] == sizes["b"]
+        mine, other = ((f"tokenizer.path={tmp_path}/{name}.model", f"model.vocab_size={sizes['a']}") for name in "ab")
+        directory = self.saved(tmp_path, *mine)
+        (directory / "tokenizer").mkdir()
+        (directory / "tokenizer" / "a.model").write_bytes((tmp_path / "a.model").read_bytes())
+        resumed = f"checkpoint.resume={directory}"
+        validate_run(make_run(tmp_path, resumed, *mine), 1)
+        (directory / "tokenizer" / "a.model").rename(directory / "tokenizer" / "b.model")
+        line = refusal(make_run(tmp_path, resumed, *other))
+        assert line.startswith(f"tokenizer.path = '{tmp_path}/b.model': has SHA-256 ")
+        assert f"and the tokenizer of the checkpoint {directory} " in line
+
+    def test_a_torn_checkpoint_is_refused(self, tmp_path, key):
+        directory = self.saved(tmp_path)
+        (directory / "rank-00000.safetensors").write_bytes(b"tens")
+        assert "rank-00000.safetensors has 4 bytes of 7" in refusal(make_run(tmp_path, f"{key}={directory}"))
+        (directory / "manifest.json").unlink()
+        assert "holds no checkpoint" in refusal(make_run(tmp_path, f"{key}={directory}"))
+
+    def test_the_newest_checkpoint_of_the_run_itself_is_looked_at(self, tmp_path):
+        directory = self.saved(tmp_path)
+        there = f"output_dir={tmp_path / 'other'}"
+        validate_run(make_run(tmp_path, there), 1)
+        line = refusal(make_run(tmp_path, there, "model.num_layers=4"))
+        assert line.startswith(f"checkpoint.resume = '{directory}': is of another model: layers.2.")
+
+    def test_the_run_itself_falls_back_to_a_whole_one_and_others_are_not_taken_for_what_they_are_not(self, tmp_path):
+        directory = self.saved(tmp_path)
+        (directory.parent / "latest").write_text("step-00000009")
+        validate_run(make_run(tmp_path, f"output_dir={tmp_path / 'other'}"), 1)
+        named = refusal(make_run(tmp_path, f"checkpoint.resume={tmp_path / 'other'}"))
+        assert "'step-00000009': names a checkpoint that does not exist" in named
+        (directory / "rank-00000.safetensors").write_bytes(b"tens")
+        assert "has 4 bytes of 7" in refusal(make_run(tmp_path, f"output_dir={tmp_path / 'other'}"))
+
+    def test_a_config_of_another_version_is_left_to_the_ranks(self, tmp_path, key):
+        directory = self.saved(tmp_path)
+        (directory / "config.yaml").write_text("model: {unknown: 3}")
+        validate_run(make_run(tmp_path, f"{key}={directory}"), 1)
+
+
+def test_wandb_is_asked_for_before_the_ranks_start(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert "needs the wandb package; pip install lmscale[wandb]" in refusal(make_run(tmp_path, "monitor.wandb=true"))
+
+
 class TestOutputDir:
     def used(self, tmp_path, *overrides):
         former = make_run(tmp_path, *overrides)
@@ -142,6 +276,50 @@ class TestOutputDir:
         line = refusal(make_run(tmp_path, override))
         assert line.startswith(f"{key} = {ours}: the run in {tmp_path}/run has {theirs}; use another output_dir")
 
+    @pytest.mark.parametrize(
+        ("name", "override", "key"),
+        [
+            ("batch", "batch.global_batch_size=8", "batch.global_batch_size"),
+            ("batch", "batch.ramp={start: 4, increment: 4, ramp_samples: 20}", "batch.ramp"),
+            ("batch", "batch.stages=[{batch_size: 8, until_tokens: 100}]", "batch.stages"),
+            ("curriculum", "data.seq_length_stages=[{seq_length: 8, until_tokens: 100}]", "data.seq_length_stages"),
+            ("seed", "train.seed=8", "train.seed"),
+        ],
+    )
+    def test_a_change_that_is_allowed_goes_on_and_no_other(self, tmp_path, name, override, key):
+        self.used(tmp_path)
+        line = refusal(make_run(tmp_path, override))
+        assert line.startswith(f"{key} = ")
+        assert line.endswith(f"or checkpoint.allow_change = ['{name}'] to go on otherwise from here")
+        validate_run(make_run(tmp_path, override, f"checkpoint.allow_change=[{name}]"), 1)
+        assert refusal(
+            make_run(tmp_path, override, "data.seq_length=16", f"checkpoint.allow_change=[{name}]")
+        ).startswith("data.seq_length = 16")
+
+    def test_another_blend_is_refused_with_both_and_goes_on_where_it_is_allowed(self, tmp_path):
+        self.used(tmp_path)
+        write_corpus(tmp_path / "other", [70])
+        blend = f"data.train=[{{prefix: {tmp_path}/corpus, weight: 3}}, {{prefix: {tmp_path}/other}}]"
+        line = refusal(make_run(tmp_path, blend))
+        assert line.startswith("data.train = [{'prefix': ")
+        assert f"the run in {tmp_path}/run has [{{'prefix': '{tmp_path}/corpus', 'weight': 1.0}}]" in line
+        assert line.endswith("or checkpoint.allow_change = ['data'] to go on otherwise from here")
+        validate_run(make_run(tmp_path, blend, "checkpoint.allow_change=[data]"), 1)
+        assert refusal(make_run(tmp_path, blend, "train.seed=7", "checkpoint.allow_change=[data]")).startswith(
+            "train.seed = 7"
+        )
+
+    def test_a_corpus_that_has_moved_is_the_same_and_one_that_was_made_anew_is_not(self, tmp_path):
+        self.used(tmp_path)
+        content = blend_of(make_run(tmp_path))[0]["content_hash"]
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps({"data": {f"{tmp_path}/corpus": content}}))
+        moved = f"data.train=[{{prefix: {tmp_path}/moved}}]"
+        for end in ("bin", "idx"):
+            (tmp_path / f"moved.{end}").write_bytes((tmp_path / f"corpus.{end}").read_bytes())
+        validate_run(make_run(tmp_path, moved), 1)
+        write_corpus(tmp_path / "moved", [70])
+        assert refusal(make_run(tmp_path, moved)).startswith("data.train = ")
+
     def test_a_new_run_does_not_go_where_checkpoints_are(self, tmp_path):
         (tmp_path / "run" / "checkpoints" / "step-00000010").mkdir(parents=True)
         assert "holds checkpoints already" in refusal(make_run(tmp_path, "checkpoint.resume=never"))
@@ -154,3 +332,8 @@ class TestOutputDir:
         self.used(tmp_path)
         (tmp_path / "run" / "config.yaml").write_text("model: 3\n")
         assert "is of a run that cannot be resumed" in refusal(make_run(tmp_path))
+
+
+def test_a_cooldown_that_begins_at_its_end_is_refused(tmp_path):
+    cooled = ("optim.lr_decay_tokens=4000", "optim.lr_cooldown={start_tokens: 4000, tokens: 6000}")
+    assert refusal(make_run(tmp_path, *cooled)).startswith("optim.lr_cooldown.start_tokens = 4000: the schedule's rate")

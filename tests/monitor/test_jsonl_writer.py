@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from lmscale.errors import RunError
+from lmscale.errors import OutputError
 from lmscale.monitor.jsonl_writer import JsonlWriter
 from lmscale.monitor.metrics import Record
 
@@ -81,7 +81,7 @@ def test_values_that_are_not_finite_are_null(tmp_path):
 
 def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/metrics\.jsonl: cannot be written: "):
+    with pytest.raises(OutputError, match=r"file/metrics\.jsonl: cannot be written: "):
         JsonlWriter(tmp_path / "file" / "metrics.jsonl")
 
 
@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     writer = JsonlWriter.__new__(JsonlWriter)
     writer._path = tmp_path / "metrics.jsonl"
     writer._file = writer._path.open("a")
-    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written: No space left"):
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: cannot be written: No space left"):
         writer.write(record(1))
     with pytest.raises(OSError, match="No space left"):
         writer.close()

@@ -7,7 +7,11 @@ from lmscale.monitor.metrics import METRICS, Record
 
 
 def test_every_tag_is_described():
-    constants = {value for name, value in vars(metrics).items() if re.match("(TRAIN|PERF|MEMORY|PROGRESS)_", name)}
+    constants = {
+        value
+        for name, value in vars(metrics).items()
+        if re.match("(TRAIN|PERF|MEMORY|PROGRESS|CHECKPOINT|FAULTS)_", name)
+    }
     described = {metric.tag for metric in METRICS}
     assert constants == {tag for tag in described if "<corpus>" not in tag}
     assert {metrics.valid_loss_tag("<corpus>"), metrics.valid_perplexity_tag("<corpus>")} <= described

@@ -46,6 +46,17 @@ def test_rates_follow_from_tokens_time_and_devices(clock):
     }
 
 
+def test_steps_of_a_shorter_length_count_with_their_own_flops(clock):
+    throughput = make(clock)
+    clock.pass_s(4.0)
+    throughput.step_done(1600, Work(4, 1.0, 1.5, 1000.0))
+    throughput.step_done(1600)
+    window = throughput.window()
+    assert window["perf/model_flops_per_second_per_device"] == 1600 * (1.0 + 2.0) / 4.0 / 4
+    assert window["perf/mfu_fraction"] == pytest.approx(0.3)
+    assert window["perf/hfu_fraction"] == pytest.approx(0.45)
+
+
 def test_evaluation_and_saving_are_left_out(clock):
     throughput = make(clock)
     clock.pass_s(4.0)

@@ -50,6 +50,14 @@ def make_samples(
     return Samples(tokens, sizes, None, keys)
 
 
+def make_examples(number: int, raw: int) -> Samples:
+    """Random text: in each sample two examples, whose input and target are a sixth of the raw tokens each."""
+    size = raw // 6
+    whole = make_samples(number, 4 * size)
+    places = np.broadcast_to(np.arange(4 * size), whole.tokens.shape)
+    return Samples(whole.tokens, whole.lengths, places // (2 * size), whole.keys, is_target=places // size % 2 == 1)
+
+
 def make_pairs(lengths: list[int] | int, raw: int, seed: int = 0, epoch: int = 0) -> Samples:
     """As `make_samples`, each cut into two segments."""
     whole = make_samples(lengths, raw, seed, epoch)

@@ -3,26 +3,34 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmscale.config.objective import OBJECTIVE_OF, BartConfig, BertConfig, CausalLMConfig, RobertaConfig, T5Config
+from lmscale.config.objective import (
+    OBJECTIVES_OF,
+    BartConfig,
+    BertConfig,
+    CausalLMConfig,
+    RobertaConfig,
+    T5Config,
+    TextToTextConfig,
+)
 from lmscale.data.draws import streams
 from lmscale.errors import DataError
 from lmscale.objectives import bart, bert, causal_lm, roberta, t5
 from lmscale.objectives.base import Vocabulary
 from lmscale.objectives.registry import build_objective
-from tests.objectives.rows import lengths_of, make_pairs, make_samples, small_vocabulary
+from tests.objectives.rows import lengths_of, make_examples, make_pairs, make_samples, small_vocabulary
 
-CONFIGS = [CausalLMConfig(prefix_lm=True), BertConfig(), RobertaConfig(), BartConfig(), T5Config()]
+CONFIGS = [CausalLMConfig(prefix_lm=True), BertConfig(), RobertaConfig(), BartConfig(), T5Config(), TextToTextConfig()]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_every_objective_is_built_by_its_name(config: object) -> None:
     lengths = lengths_of(config, 64)
     objective = build_objective(config, lengths, small_vocabulary())
-    make = make_pairs if isinstance(config, BertConfig) else make_samples
+    make = {"bert": make_pairs, "text_to_text": make_examples}.get(config.name, make_samples)
     batch = objective.make_batch(make(3, lengths.raw))
     assert batch["tokens"].shape == (3, lengths.encoder)
     assert batch["labels"].shape == batch["loss_mask"].shape == (3, lengths.labels)
-    assert config.name in OBJECTIVE_OF.values()
+    assert any(config.name in names for names in OBJECTIVES_OF.values())
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:], ids=lambda config: config.name)

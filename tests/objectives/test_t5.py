@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lmscale.config.lengths import SampleLengths, noised_lengths
 from lmscale.config.objective import T5Config
 from lmscale.data.samples import Samples
-from lmscale.errors import DataError
+from lmscale.errors import ConfigError, DataError
 from lmscale.objectives.base import Arrays
 from lmscale.objectives.t5 import T5, corrupted, span_mask
 from tests.objectives.rows import (
@@ -142,12 +142,36 @@ def test_iid_noise_has_its_share_and_neighbours_share_a_sentinel() -> None:
     assert abs(sentinels / total - 0.15 * 0.85) < 0.003
 
 
-def test_iid_noise_that_has_no_place_in_the_targets_is_left_in_the_text() -> None:
-    objective, lengths = build(T5Config(noise="iid", density=0.4), 64, decoder=20)
-    samples = make_samples(100, lengths.raw)
+@pytest.mark.parametrize("density", [0.05, 0.15, 0.3, 0.5, 0.9])
+def test_iid_noise_has_room_for_its_share(density: float) -> None:
+    objective, lengths = build(T5Config(noise="iid", density=density), 128)
+    samples = make_samples(400, lengths.raw)
     batch = objective.make_batch(samples)
-    for row in range(100):
-        assert restored(*texts(batch, row)) == samples.tokens[row].tolist()
+    shares = []
+    for row in range(400):
+        inputs, targets = texts(batch, row)
+        assert restored(inputs, targets) == samples.tokens[row].tolist()
+        shares.append(sum(token < BEHIND_TEXT for token in targets[:-1]))
+    assert within_three_sigma(sum(shares), 400 * lengths.raw, density)
+
+
+def test_targets_without_room_for_iid_noise_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.decoder_seq_length = 20: must be at least \d+, the targets"):
+        build(T5Config(noise="iid", density=0.4), 64, decoder=20)
+
+
+@pytest.mark.parametrize(("density", "mean_span"), [(0.15, 1.0), (0.01, 3.0), (0.02, 3.0), (0.5, 1.0), (0.15, 3.0)])
+def test_spans_fit_at_every_length(density: float, mean_span: float) -> None:
+    for length in (4, 5, 7, 12, 29, 64, 65, 100):
+        try:
+            objective, lengths = build(T5Config(density=density, mean_span=mean_span), length)
+        except (ConfigError, DataError):
+            continue  # too many spans for the sentinels, or no room for one
+        samples = make_samples(20, lengths.raw)
+        batch = objective.make_batch(samples)
+        for row in range(20):
+            assert restored(*texts(batch, row)) == samples.tokens[row].tolist()
+    assert build(T5Config(density=density, mean_span=mean_span), 29)[1].encoder == 29
 
 
 def test_bert_noise_asks_for_the_whole_text() -> None:

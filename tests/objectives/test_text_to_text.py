@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -8,31 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmscale.config.lengths import SampleLengths
+from lmscale.config.objective import TextToTextConfig
+from lmscale.data.examples import Examples
+from lmscale.data.part import Part
 from lmscale.errors import DataError
-from lmscale.objectives.text_to_text import pack_examples, text_to_text
+from lmscale.objectives.base import Arrays, Vocabulary
+from lmscale.objectives.text_to_text import TextToText
+from tests.data.corpora import write_pairs, write_sentences
 from tests.objectives.rows import EOS, PAD, assert_as_the_contract_says, small_vocabulary
 
-LENGTHS = SampleLengths(16, 16, 8, 8)
-TEXT = st.lists(st.integers(11, 99), max_size=7)
+LENGTHS = SampleLengths(24, 16, 8, 8)
+TEXT = st.lists(st.integers(11, 99), min_size=1, max_size=7)
+Pairs = list[tuple[list[int], list[int]]]
 
 
-def test_a_prefix_stands_before_the_input_and_ends_close_both() -> None:
-    examples = text_to_text([([11], [12, 13], [14]), ([11], [15], [16, 17])], LENGTHS, small_vocabulary())
-    assert examples.inputs.tolist() == [[11, 12, 13, EOS], [11, 15, EOS, 0]]
-    assert examples.targets.tolist() == [[14, EOS, 0], [16, 17, EOS]]
-    assert examples.input_lengths.tolist() == [4, 3]
-    assert examples.target_lengths.tolist() == [2, 3]
+def source_of(prefix: Path, pairs: Pairs, packed: bool = True, eos_id: int | None = EOS) -> Examples:
+    return Examples(Part(write_pairs(prefix, pairs, eos_id)), LENGTHS, packed)
 
 
-def test_long_examples_are_cut_and_keep_their_ends() -> None:
-    examples = text_to_text([([11], list(range(20, 60)), list(range(60, 90)))], LENGTHS, small_vocabulary())
-    assert examples.inputs.tolist() == [[11, *range(20, 34), EOS]]
-    assert examples.targets.tolist() == [[*range(60, 67), EOS]]
+def batch_of(source: Examples, packed: bool = True) -> Arrays:
+    numbers = np.arange(source.num_samples())
+    keys = np.stack([0 * numbers, 0 * numbers, 0 * numbers, numbers], axis=1)
+    return TextToText(TextToTextConfig(packed=packed), LENGTHS, small_vocabulary()).make_batch(source.read(keys))
 
 
-def test_examples_share_a_row_and_do_not_see_each_other() -> None:
-    examples = text_to_text([([], [11, 12], [13]), ([], [14], [15, 16])], LENGTHS, small_vocabulary())
-    batch = pack_examples(examples, LENGTHS, small_vocabulary())
+def test_examples_share_a_row_and_do_not_see_each_other(tmp_path: Path) -> None:
+    batch = batch_of(source_of(tmp_path / "c", [([11, 12], [13]), ([14], [15, 16])]))
     assert batch["tokens"].tolist() == [[11, 12, EOS, 14, EOS] + [PAD] * 11]
     assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1] + [-1] * 11]
     assert batch["positions"].tolist() == [[0, 1, 2, 0, 1] + [0] * 11]
@@ -42,6 +44,26 @@ def test_examples_share_a_row_and_do_not_see_each_other() -> None:
     assert batch["decoder_positions"].tolist() == [[0, 1, 0, 1, 2, 0, 0, 0]]
     assert batch["loss_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
     assert_as_the_contract_says(batch, set(batch), {"s": 16, "d": 8, "l": 8}, 1)
+
+
+def test_without_packing_each_example_has_a_row(tmp_path: Path) -> None:
+    batch = batch_of(source_of(tmp_path / "c", [([11, 12], [13]), ([14], [15, 16])], packed=False), packed=False)
+    assert batch["tokens"][:, :3].tolist() == [[11, 12, EOS], [14, EOS, PAD]]
+    assert batch["labels"][:, :3].tolist() == [[13, EOS, PAD], [15, 16, EOS]]
+    assert "positions" not in batch
+    assert "decoder_positions" not in batch
+
+
+def test_long_examples_are_cut_and_keep_their_ends(tmp_path: Path) -> None:
+    batch = batch_of(source_of(tmp_path / "c", [(list(range(20, 60)), list(range(60, 90)))]))
+    assert batch["tokens"].tolist() == [[*range(20, 35), EOS]]
+    assert batch["labels"].tolist() == [[*range(60, 67), EOS]]
+
+
+def test_an_example_that_lacks_its_input_or_its_target_is_left_out(tmp_path: Path) -> None:
+    batch = batch_of(source_of(tmp_path / "c", [([], [13]), ([11], [12]), ([14], [])]))
+    assert batch["tokens"].tolist() == [[11, EOS] + [PAD] * 14]
+    assert batch["labels"].tolist() == [[12, EOS] + [PAD] * 6]
 
 
 def rows_one_by_one(sizes: list[tuple[int, int]]) -> list[list[int]]:
@@ -54,11 +76,11 @@ def rows_one_by_one(sizes: list[tuple[int, int]]) -> list[list[int]]:
     return rows
 
 
-@given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=30))
+@given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=30), has_ends=st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_packing_loses_nothing_and_keeps_the_order(pairs: list[tuple[list[int], list[int]]]) -> None:
-    examples = text_to_text([([], inputs, targets) for inputs, targets in pairs], LENGTHS, small_vocabulary())
-    batch = pack_examples(examples, LENGTHS, small_vocabulary())
+def test_packing_loses_nothing_and_keeps_the_order(pairs: Pairs, has_ends: bool) -> None:
+    with TemporaryDirectory() as directory:
+        batch = batch_of(source_of(Path(directory) / "c", pairs, eos_id=EOS if has_ends else None))
     sizes = [(len(inputs) + 1, len(targets) + 1) for inputs, targets in pairs]
     rows = rows_one_by_one(sizes)
     assert len(batch["tokens"]) == len(rows)
@@ -76,13 +98,38 @@ def test_packing_loses_nothing_and_keeps_the_order(pairs: list[tuple[list[int], 
         assert (np.sort(ids[ids >= 0]) == ids[ids >= 0]).all()
 
 
-def test_no_examples_make_no_rows() -> None:
-    batch = pack_examples(text_to_text([], LENGTHS, small_vocabulary()), LENGTHS, small_vocabulary())
-    assert batch["tokens"].shape == (0, 16)
-    assert batch["labels"].shape == (0, 8)
+def test_samples_in_any_order_are_the_same(tmp_path: Path) -> None:
+    pairs = [(list(range(11, 11 + n % 7 + 1)), [50 + n]) for n in range(20)]
+    source = source_of(tmp_path / "c", pairs)
+    keys = np.array([[0, 0, 0, number] for number in range(source.num_samples())])
+    assert len(keys) > 3
+    whole, turned = source.read(keys), source.read(keys[::-1])
+    assert (whole.tokens == turned.tokens[::-1]).all()
+    assert (whole.is_target == turned.is_target[::-1]).all()
 
 
-def test_an_example_longer_than_a_row_is_refused() -> None:
-    examples = text_to_text([([], [11] * 7, [12] * 7)], LENGTHS, small_vocabulary())
-    with pytest.raises(DataError, match=r"data.decoder_seq_length = 4: is shorter than an example of 8 tokens"):
-        pack_examples(examples, dataclasses.replace(LENGTHS, decoder=4), small_vocabulary())
+def test_a_corpus_of_sentences_is_refused(tmp_path: Path) -> None:
+    corpus = write_sentences(tmp_path / "c", [[[11], [12], [13]]])
+    with pytest.raises(DataError, match=r"not pairs of an input and a target.*lmscale tokenize --pair"):
+        Examples(Part(corpus), LENGTHS, True)
+
+
+def test_pairs_are_no_sentences(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not divided into sentences"):
+        Part(write_pairs(tmp_path / "c", [([11], [12])], EOS)).check_sentences("objective bert")
+
+
+def test_pairs_without_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no text in 1 documents"):
+        source_of(tmp_path / "c", [([], [12])])
+
+
+def test_a_document_of_three_sequences_is_no_pair(tmp_path: Path) -> None:
+    corpus = write_sentences(tmp_path / "c", [[[11], [12]], [[13], [14], [15]]], EOS, division="pairs")
+    with pytest.raises(DataError, match="not pairs of an input and a target"):
+        Examples(Part(corpus), LENGTHS, True)
+
+
+def test_a_tokenizer_without_ends_is_refused() -> None:
+    with pytest.raises(DataError, match=r"token for the end of a text.*text_to_text"):
+        TextToText(TextToTextConfig(), LENGTHS, Vocabulary(100, pad_id=0))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor as TransformersAdafactor
 
-from lmscale.optim.adafactor import Adafactor, Share, _rectangles
+from lmscale.optim.adafactor import Adafactor, Share
 
 SHAPES = ((48, 40), (7, 130), (33,), (16, 8))
 STEPS, LR = 10, 1.0e-2
@@ -56,6 +56,17 @@ def test_it_is_transformers_adafactor_at_a_given_rate(scale_parameter: bool, cli
     assert largest_difference(ours, draw(scale, 0)) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("scale_parameter", [True, False])
+def test_first_moment_is_transformers(scale_parameter: bool) -> None:
+    ours = train(lambda p: Adafactor(p, lr=LR, scale_parameter=scale_parameter, min_dim=1, beta1=0.9))
+    theirs = train(
+        lambda p: TransformersAdafactor(p, lr=LR, beta1=0.9, scale_parameter=scale_parameter, relative_step=False)
+    )
+    without = train(lambda p: Adafactor(p, lr=LR, scale_parameter=scale_parameter, min_dim=1))
+    assert largest_difference(ours, theirs) < TOLERANCE
+    assert largest_difference(ours, without) > 100 * TOLERANCE
+
+
 def test_it_is_torchs_adafactor_with_decay() -> None:
     """torch's rate is min(lr, 1 / sqrt(step)): lr as long as that is small."""
     ours = train(lambda p: Adafactor(p, lr=LR, weight_decay=0.1, min_dim=1))
@@ -81,14 +92,48 @@ def test_rate_is_read_and_not_written() -> None:
     assert optimizer.param_groups[0]["lr"] == LR
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 6, 10])
-@pytest.mark.parametrize("end", [11, 12, 13, 15, 30])
-def test_rectangles_cover_a_range_of_a_matrix_once(start: int, end: int) -> None:
-    matrix = torch.arange(30).view(6, 5)
-    blocks = list(_rectangles(matrix.view(-1)[start:end], start, 5))
-    assert len(blocks) <= 3
-    assert all(torch.equal(matrix[rows, columns], block) for rows, columns, block in blocks)
-    assert torch.cat([block.reshape(-1) for *_, block in blocks]).tolist() == list(range(start, end))
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 24, 31])
+@pytest.mark.parametrize("end", [32, 33, 36, 45, 58, 60])
+@pytest.mark.parametrize("parts", [(), (2, 1, 1), (6, 6)])
+def test_blocks_cover_a_range_of_each_matrix_once(start: int, end: int, parts: tuple[int, ...]) -> None:
+    matrix = torch.arange(60).view(12, 5)
+    share = Share("", (12, 5), (12, 5), None, start, end, matrix, start, parts)
+    periods = matrix.view(-1, sum(parts) or 12, 5)
+    part_of_row = torch.repeat_interleave(torch.tensor(parts or (12,))).tolist()
+    blocks = list(share.blocks(share.of(matrix)))
+    assert len(blocks) <= 9 * share.num_parts
+    for block in blocks:
+        assert torch.equal(periods[block.groups, block.rows, block.columns], block.view)
+        assert set(part_of_row[block.rows]) == {block.part}
+    covered = torch.cat([block.view.flatten() for block in blocks])
+    assert sorted(covered.tolist()) == list(range(start, end))
+
+
+@pytest.mark.parametrize("min_dim", [1, 1000], ids=["factored", "whole"])
+def test_fused_matrices_are_updated_as_if_they_were_apart(min_dim: int) -> None:
+    """Two groups of queries (4 rows), keys and values (2 rows each), the queries a tenth of the others in size."""
+    parts, groups, width = (4, 2, 2), 2, 20
+    generator = torch.Generator().manual_seed(0)
+    apart = [nn.Parameter(torch.randn(groups, rows, width, generator=generator)) for rows in parts]
+    apart[0].data.mul_(0.1)
+    fused = nn.Parameter(torch.cat([p.data for p in apart], dim=1).flatten(0, 1))
+    matrices = [nn.Parameter(p.data.flatten(0, 1)) for p in apart]
+    ours = Adafactor([fused], lr=LR, min_dim=min_dim)
+    shape = tuple(fused.shape)
+    ours.describe([Share("fused", shape, shape, None, 0, fused.numel(), fused, 0, parts)], None, None)
+    theirs = Adafactor(matrices, lr=LR, min_dim=min_dim)
+    for step in range(STEPS):
+        grads = [math.exp(step % 3) * torch.randn(p.shape, generator=generator) for p in apart]
+        for matrix, grad in zip(matrices, grads, strict=True):
+            matrix.grad = grad.flatten(0, 1)
+        fused.grad = torch.cat(grads, dim=1).flatten(0, 1)
+        ours.step()
+        theirs.step()
+    cut = fused.detach().view(groups, sum(parts), width).split(parts, dim=1)
+    for mine, matrix in zip(cut, matrices, strict=True):
+        assert (mine.flatten(0, 1) - matrix.detach()).abs().max() < TOLERANCE * matrix.abs().max()
+    sizes = {kind: len(values) for kind, values in ours.state[fused]["fused"].items()}
+    assert sizes == ({"row": 16, "column": 3 * width} if min_dim == 1 else {"second": 16 * width})
 
 
 def test_padding_around_the_ranges_of_a_flat_tensor_is_left_alone() -> None:

@@ -69,9 +69,13 @@ def test_a_failure_names_its_rank_and_ends_the_others(how: str, reason: str, par
     assert pool.is_closed
 
 
-def test_a_hang_names_the_ranks() -> None:
-    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not answer within 1 s"):
+def test_a_hang_names_the_ranks_and_shows_where_they_are() -> None:
+    with pytest.raises(RankFailure, match=r"ranks \[0, 1\] did not answer within 1 s") as failure:
         RankPool(2).run(_sleep, timeout_s=1.0)
+    for rank in (0, 1):
+        stacks = str(failure.value).split(f"rank {rank}:\n")[1]
+        assert "in _sleep" in stacks
+        assert "in _serve" in stacks
 
 
 def test_ranks_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmscale.config.lengths import SampleLengths
 from lmscale.config.model import ModelConfig
 from lmscale.config.presets import preset
 from lmscale.errors import ConfigError
@@ -16,6 +17,17 @@ from lmscale.plan.params import parameter_table
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=96, max_position_embeddings=24)
 LLAMA = {"activation": "swiglu", "ffn_hidden_size": 88, "num_query_groups": 2, "tied_head": False, "linear_bias": False}
 SEQ_LENGTH, BATCH = 24, 3
+
+
+def test_a_prefix_adds_its_keys_to_every_query() -> None:
+    layers, width, keys = 2, 32, 5
+    plain, behind = (forward_flops_per_token(SMALL, SEQ_LENGTH, prefix_length=length) for length in (0, keys))
+    assert behind["core"] - plain["core"] == 4 * layers * width * keys
+    assert {**behind, "core": 0} == {**plain, "core": 0}
+    fed = ModelConfig(**preset("bart-base"))
+    lengths = SampleLengths(0, 30, 10, 10)
+    cores = [forward_flops_per_token(fed, lengths, prefix_length=length)["core"] for length in (0, keys)]
+    assert cores[1] - cores[0] == pytest.approx(4 * fed.num_layers * fed.hidden_size * keys * (30 + 2 * 10) / 40, abs=1)
 
 
 class PlainLayer(nn.Module):

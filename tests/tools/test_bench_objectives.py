@@ -76,6 +76,21 @@ def test_loaders_with_a_worker_have_rows_of_figures(bench: ModuleType, corpus: A
     assert rows["megatron-core BERT"][1] == "1.0"
 
 
+@pytest.mark.slow
+def test_a_run_tells_how_long_its_steps_wait(bench: ModuleType, corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WAIT_LAYERS", 2)
+    monkeypatch.setattr(bench, "WAIT_STEPS", 2)
+    monkeypatch.setattr(bench, "WAIT_BATCH_SIZE", 1)
+    seconds, share = bench.waits(corpus, "t5, spans")
+    assert seconds > 0
+    assert 0 < share < 1
+
+
+def test_waits_stand_beside_their_goal(bench: ModuleType) -> None:
+    assert set(bench.WAITING) <= set(bench.OBJECTIVES)
+    assert rows_of(bench.waits_table({"bert": (3.127, 0.00006)})) == {"bert": ["3.13", "0.006%", "< 1%"]}
+
+
 def test_samples_are_filled_where_they_are_not_padding(bench: ModuleType) -> None:
     ours = {"document_ids": np.array([[0, 0, 0, -1], [0, 1, 1, 1], [0, -1, -1, -1], [0, 0, -1, -1]])}
     theirs = {"padding_mask": torch.tensor([[1, 1, 1, 0]] * 4)}

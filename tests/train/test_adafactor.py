@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from lmscale.train.checkpoint_reader import CheckpointReader, find_checkpoint
+from lmscale.config.checkpoint_paths import find_checkpoint
+from lmscale.train.checkpoint_reader import CheckpointReader
 from tests.distributed.ranks import RankFailure, run_ranks
-from tests.distributed.runs import Keys, largest_difference, losses, norms, pretrain_on_ranks, run_keys
+from tests.distributed.runs import Keys, final_state, largest_difference, losses, norms, pretrain_on_ranks, run_keys
 from tests.models.batches import make_batch
 
 pytestmark = pytest.mark.distributed
@@ -36,6 +37,8 @@ LAYOUTS: dict[str, Ranks] = {
     "dp2-tp2-zero1": {"ranks": 4, "tp": 2, "stage": 1},
     "dp2-pp2-zero1": {"ranks": 4, "pp": 2, "stage": 1},
 }
+QUICK = ("tp2", "dp2-zero2", "dp2-zero3", "dp2-tp2-zero1")
+"""Layouts of the default suite."""
 
 
 def config_keys(model: str, layout: Ranks) -> Keys:
@@ -91,10 +94,17 @@ def train_in_rank(keys: Keys) -> tuple[list[float], list[float]]:
     for fragment in engine.fragments():
         tensor, state = fragment.tensor, engine.basic_optimizer.state[fragment.key]
         assert state["step"] == STEPS
-        is_factored = len(tensor.shape) == 2 and min(tensor.shape) >= MIN_DIM
-        sizes = tensor.local_shape if is_factored else (fragment.end - fragment.start,)
-        assert tuple(values.numel() for values in state[tensor.name].values()) == sizes
+        fused = num_matrices(tensor.name, config.model.is_gated)
+        is_factored = len(tensor.shape) == 2 and min(tensor.shape[0] // fused, tensor.shape[1]) >= MIN_DIM
+        size = fragment.end - fragment.start
+        sizes = (tensor.local_shape[0], fused * tensor.local_shape[1]) if is_factored else (size,)
+        assert tuple(values.numel() for values in state[tensor.name].values()) == sizes, tensor.name
     return series
+
+
+def num_matrices(name: str, is_gated: bool) -> int:
+    """Count the matrices, all of one size here, that a tensor holds."""
+    return {"linear_qkv": 3, "linear_kv": 2, "linear_fc1": 2 if is_gated else 1}.get(name.split(".")[-2], 1)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +115,11 @@ def references() -> dict[tuple[str, int], Any]:
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [*(("t5", layout) for layout in LAYOUTS), ("gpt", "tp2-sp-zero1"), ("gpt", "dp2-pp2-zero1")],
+    [
+        *(pytest.param("t5", layout, marks=[] if layout in QUICK else [pytest.mark.slow]) for layout in LAYOUTS),
+        ("gpt", "tp2-sp-zero1"),
+        pytest.param("gpt", "dp2-pp2-zero1", marks=pytest.mark.slow),
+    ],
 )
 def test_losses_norms_and_state_are_those_of_one_rank(model: str, layout: str, references: dict[Any, Any]) -> None:
     keys = config_keys(model, LAYOUTS[layout])
@@ -136,12 +150,12 @@ def interrupt(ranks: int, keys: Keys, step: int) -> None:
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (1, zero(0)),
+        pytest.param(1, zero(0), marks=pytest.mark.slow),
         pytest.param(2, zero(1), marks=pytest.mark.slow),
         pytest.param(2, zero(2, precision="bf16"), marks=pytest.mark.slow),
-        (2, zero(3)),
+        pytest.param(2, zero(3), marks=pytest.mark.slow),
         (4, zero(1, precision="bf16", parallel__tp_size=2, parallel__pp_size=2)),
-        (1, zero(1, precision="fp16", loss_scale={"initial": 1024, "window": 2})),
+        pytest.param(1, zero(1, precision="fp16", loss_scale={"initial": 1024, "window": 2}), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -149,20 +163,21 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     ranks: int, changes: Keys, corpus: str, tmp_path: Path
 ) -> None:
     changes = {**ADAFACTOR, **changes}
-    reference = pretrain_on_ranks(ranks, run_keys(corpus, tmp_path / "whole", **changes))
-    keys = run_keys(corpus, tmp_path / "parts", **changes)
+    whole, keys = (run_keys(corpus, tmp_path / part, **changes) for part in ("whole", "parts"))
+    reference = pretrain_on_ranks(ranks, whole)
     interrupt(ranks, keys, step=3)
     run = pretrain_on_ranks(ranks, keys)
     for name in ("step", "train/lm_loss", "train/grad_norm", "train/param_norm"):
         assert [record[name] for record in run] == [record[name] for record in reference]
+    assert final_state(keys) == final_state(whole)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((1, zero(0)), (2, zero(3))),
+        pytest.param((1, zero(0)), (2, zero(3)), marks=pytest.mark.slow),
         ((2, zero(3)), (2, zero(1, parallel__pp_size=2))),
-        ((4, zero(1, parallel__tp_size=2, parallel__pp_size=2)), (1, zero(0))),
+        pytest.param((4, zero(1, parallel__tp_size=2, parallel__pp_size=2)), (1, zero(0)), marks=pytest.mark.slow),
         pytest.param((2, zero(1)), (4, zero(2, parallel__tp_size=2)), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -187,7 +202,9 @@ def test_checkpoint_holds_each_statistic_once_as_a_tensor_of_the_whole_model(cor
     reader = CheckpointReader(path)
     for name, shape in reader.shapes().items():
         if len(shape) == 2:
-            assert (reader.logical("row", name).numel(), reader.logical("column", name).numel()) == shape
+            matrices = num_matrices(name, is_gated=True)
+            assert reader.logical("row", name).shape == (shape[0],)
+            assert reader.logical("column", name).shape == ((matrices, shape[1]) if matrices > 1 else (shape[1],))
         else:
             assert reader.logical("second", name).shape == shape
 

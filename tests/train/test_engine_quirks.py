@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader, find_checkpoint
+from lmscale.config.checkpoint_paths import find_checkpoint
+from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader
 from tests.distributed.ranks import RankFailure, run_ranks
 from tests.distributed.runs import Keys, largest_difference, losses, norms, pretrain_on_ranks, run_keys
 

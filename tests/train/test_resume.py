@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from lmscale.config.checkpoint_paths import find_checkpoint
 from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED
-from lmscale.train.checkpoint_reader import CheckpointReader, find_checkpoint
+from lmscale.train.checkpoint_reader import CheckpointReader
 from lmscale.train.resilience import STOP_FILE
 from tests.distributed.ranks import RankFailure, run_ranks
 from tests.distributed.runs import (
     GPT,
     Keys,
+    final_state,
     largest_difference,
     losses,
     norms,
@@ -47,45 +49,26 @@ def same_bits(run: list[Keys], reference: list[Keys]) -> bool:
     return [[r.get(k) for k in kept] for r in run] == [[r.get(k) for k in kept] for r in reference]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "changes"),
-    [
-        (1, zero(0)),
-        pytest.param(2, zero(1), marks=pytest.mark.slow),
-        (2, zero(2)),
-        pytest.param(2, zero(3), marks=pytest.mark.slow),
-        (2, zero(1, parallel__tp_size=2, parallel__sequence_parallel=True)),
-        pytest.param(2, zero(0, parallel__pp_size=2), marks=pytest.mark.slow),
-        (2, zero(1, parallel__pp_size=2)),
-        pytest.param(2, zero(1, precision="bf16"), marks=pytest.mark.slow),
-        (2, zero(2, precision="bf16", parallel__tp_size=2)),
-        pytest.param(2, zero(3, precision="bf16"), marks=pytest.mark.slow),
-        (1, zero(1, precision="fp16", loss_scale={"initial": 1024, "window": 2})),
-        (2, zero(3, precision="fp16", loss_scale={"initial": 1024, "window": 2})),
-        (1, zero(1, deepspeed__zero_optimization__offload_optimizer={"device": "cpu"})),
-    ],
-    ids=str,
-)
-def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
-    ranks: int, changes: Keys, corpus: str, tmp_path: Path
-) -> None:
-    changes = {**changes, **DROPOUT, **RAMP}
-    reference = pretrain_on_ranks(ranks, run_keys(corpus, tmp_path / "whole", **changes))
-    keys = run_keys(corpus, tmp_path / "parts", **changes)
-    interrupt(ranks, keys, step=2)
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit_with_offload(corpus: str, tmp_path: Path) -> None:
+    # test_resume_bitwise.py has the layouts and precisions.
+    changes = {**zero(1, deepspeed__zero_optimization__offload_optimizer={"device": "cpu"}), **DROPOUT, **RAMP}
+    whole, keys = (run_keys(corpus, tmp_path / name, **changes) for name in ("whole", "parts"))
+    reference = pretrain_on_ranks(1, whole)
+    interrupt(1, keys, step=2)
     assert same_bits(records(keys), reference[:2])
-    run = pretrain_on_ranks(ranks, keys)
+    run = pretrain_on_ranks(1, keys)
     assert [record["step"] for record in run] == [1, 2, 3, 4, 5, 6, 7]
     assert [record["train/global_batch_size"] for record in run] == [4, 4, 4, 8, 8, 8, 8]
     assert same_bits(run, reference)
+    assert final_state(keys) == final_state(whole)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((1, zero(0)), (2, zero(3))),
+        pytest.param((1, zero(0)), (2, zero(3)), marks=pytest.mark.slow),
         ((2, zero(3)), (2, zero(1, parallel__pp_size=2))),
-        ((4, zero(1, parallel__tp_size=2, parallel__pp_size=2)), (1, zero(0))),
+        pytest.param((4, zero(1, parallel__tp_size=2, parallel__pp_size=2)), (1, zero(0)), marks=pytest.mark.slow),
         pytest.param((2, zero(1, parallel__pp_size=2)), (2, zero(2, parallel__tp_size=2)), marks=pytest.mark.slow),
         ((2, zero(2, parallel__tp_size=2)), (4, zero(1, parallel__tp_size=2, parallel__pp_size=2))),
     ],
@@ -118,9 +101,9 @@ def _pretrain_and_ask_to_stop(keys: Keys) -> int:
 
     step = loop._step
 
-    def step_and_ask(run: Any) -> Any:
+    def step_and_ask(run: Any, *rest: Any) -> Any:
         Path(keys["output_dir"], STOP_FILE).touch()  # asked for during the first step, seen after it
-        return step(run)
+        return step(run, *rest)
 
     loop._step = step_and_ask
     try:
@@ -165,35 +148,60 @@ def test_truncated_checkpoint_is_refused_by_name(corpus: str, tmp_path: Path) ->
         pretrain_on_ranks(1, keys)
 
 
-def test_full_disk_leaves_the_earlier_checkpoint(corpus: str, tmp_path: Path) -> None:
-    keys = run_keys(corpus, tmp_path, checkpoint__save_interval=2)
-    with pytest.raises(RankFailure, match=r"could not be written: rank 0: .*No space left"):
-        run_ranks(2, _pretrain_on_a_disk_that_fills_up, keys)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_full_disk_is_told_and_the_run_goes_on(asynchronous: bool, corpus: str, tmp_path: Path) -> None:
+    keys = run_keys(
+        corpus, tmp_path, checkpoint__save_interval=2, checkpoint__asynchronous=asynchronous, train__log_interval=1
+    )
+    run_ranks(2, _pretrain_on_a_disk_that_fills_up, keys, 2)
     checkpoints = tmp_path / "checkpoints"
-    assert find_checkpoint(checkpoints) == checkpoints / "step-00000002"
-    assert CheckpointReader(checkpoints / "step-00000002").progress.step == 2
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002", "step-00000006"]
+    assert CheckpointReader(find_checkpoint(checkpoints)).progress.step == 6
+    assert records(keys)[-1]["checkpoint/failed_saves"] == 1
 
 
-def _pretrain_on_a_disk_that_fills_up(keys: Keys) -> int:
+@pytest.mark.parametrize("changes", [{"checkpoint__on_failure": "stop"}, {"checkpoint__save_interval": 3}])
+def test_full_disk_ends_the_run_where_it_should_or_at_the_last_save(changes: Keys, corpus: str, tmp_path: Path) -> None:
+    keys = run_keys(corpus, tmp_path, **{"checkpoint__save_interval": 2, **changes})
+    with pytest.raises(RankFailure, match=r"could not be written: rank 0: .*No space left"):
+        run_ranks(2, _pretrain_on_a_disk_that_fills_up, keys, 2)
+    checkpoints = tmp_path / "checkpoints"
+    kept = f"step-{keys['checkpoint']['save_interval']:08d}"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", kept]
+    assert find_checkpoint(checkpoints) == checkpoints / kept
+
+
+def _pretrain_on_a_disk_that_fills_up(keys: Keys, when: int) -> int:
+    """Pretrain where the when-th save of rank 0 finds the disk full."""
     import errno
     import os
 
-    from lmscale.train import checkpoint
+    import torch.distributed as dist
 
-    write = checkpoint._write_pieces
+    from lmscale.train import saving
+
+    write = saving._write_slices
     saves = []
 
-    def fill_up(engine: Any, directory: Path) -> None:
-        saves.append(directory)
-        if len(saves) == 2 and engine.topology.rank == 0:
+    def fill_up(stem: Path, *arguments: Any) -> None:
+        saves.append(stem)
+        if len(saves) == when and dist.get_rank() == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(engine, directory)
+        write(stem, *arguments)
 
-    checkpoint._write_pieces = fill_up
+    saving._write_slices = fill_up
     try:
         return pretrain_in_rank(keys)
     finally:
-        checkpoint._write_pieces = write
+        saving._write_slices = write
+
+
+def test_directory_that_cannot_be_written_is_told_by_every_rank(corpus: str, tmp_path: Path) -> None:
+    keys = run_keys(corpus, tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").mkdir(parents=True)  # root may write anywhere, but not there
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(2, pretrain_in_rank, keys)
+    assert str(caught.value).count("OutputError: output_dir = ") == 2
 
 
 def test_manifest_says_what_made_the_run(corpus: str, tmp_path: Path) -> None:

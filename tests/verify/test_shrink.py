@@ -18,7 +18,9 @@ from lmscale.verify.layouts import Candidate, all_layouts
 from lmscale.verify.shrink import fits, lay_out, shrink
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
+ALL_RUNS = sorted((ROOT / "launch" / "runs").glob("*.yaml"))
+RUNS = [path for path in ALL_RUNS if not path.name.startswith("adapt-")]
+"""What pretrains; an adaptation is of its base's size."""
 STEPS = 5
 KEPT = (
     "architecture",
@@ -98,6 +100,30 @@ def test_copy_trains_at_rates_of_the_runs_size(path: Path, monkeypatch: pytest.M
     tokens = small.batch.global_batch_size * small.lengths.nominal
     rates = [lr_at(step * tokens, small.optim, small.train.train_tokens) for step in range(1, STEPS + 1)]
     assert max(rates) > 0.5 * small.optim.lr
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_decay_style": "wsd", "lr_cooldown_tokens": 10**7, "lr_cooldown_style": "cosine"},
+        {"lr_decay_style": "inverse_sqrt", "lr_cooldown": {"start_tokens": 9 * 10**7, "tokens": 10**7}},
+        {"lr_decay_style": "constant", "lr_cooldown": {"start_tokens": 61 * 10**6, "tokens": 39 * 10**6}},
+        {"lr_rewarmup": {"start_tokens": 5 * 10**7, "tokens": 10**7}},
+        {"weight_decay_style": "linear", "weight_decay_end": 0.3},
+    ],
+    ids=str,
+)
+def test_copy_keeps_the_parts_of_a_schedule_on_every_layout(schedule: dict[str, Any]) -> None:
+    keys = keys_of()
+    keys["optim"] = {"lr": 1.0e-3, "lr_warmup_tokens": 10**6, **schedule}
+    keys["train"]["train_tokens"] = 10**8
+    keys["data"]["seq_length_stages"] = [{"seq_length": 256, "until_tokens": 10**6}]
+    keys["batch"]["stages"] = [{"batch_size": 8, "until_tokens": 10**6}]
+    small = shrunk(parse_run(keys))
+    assert all(getattr(small.optim, key) is not None for key in schedule)
+    assert (small.data.seq_length_stages[0].seq_length, small.batch.ramp is not None) == (16, True)
+    for layout in all_layouts(4, "fp32", "none"):
+        lay_out(small, layout)
 
 
 def test_ratios_of_a_llama_are_kept() -> None:

@@ -17,6 +17,7 @@ from lmscale.config.data import TokenizerConfig
 from lmscale.config.io import parse_run
 from lmscale.config.run import RunConfig
 from lmscale.data.encode import encode_corpus
+from lmscale.data.readers import TextReader
 from lmscale.data.sentences import SentenceSplitter
 from lmscale.data.tokenizer_training import train_tokenizer
 from lmscale.verify.comparison import Result, Verification, largest_difference, plan_verification
@@ -225,7 +226,9 @@ def test_layouts_of_other_objectives_are_the_same_on_the_runs_own_corpus(archite
     text.write_text("".join(json.dumps({"text": " ".join(sentences[n : n + 6])}) + "\n" for n in range(70)))
     train_tokenizer([str(text)], 420, "bpe", tmp_path / "tokenizer")
     tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer"))
-    encode_corpus([str(text)], tokenizer, tmp_path / "corpus", workers=1, splitter=SentenceSplitter("split"))
+    encode_corpus(
+        [str(text)], tokenizer, tmp_path / "corpus", workers=1, reader=TextReader(splitter=SentenceSplitter("split"))
+    )
     keys = run_keys(tmp_path)
     keys["model"] = {
         **{"architecture": architecture, "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4},

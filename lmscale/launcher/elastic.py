@@ -1,0 +1,99 @@
+"""A run on fewer ranks than before: what is left, and how many of it the run can use."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from lmscale.config.check import dp_size_of
+from lmscale.config.run import RunConfig
+from lmscale.errors import ConfigError
+from lmscale.launcher.compose import Placement
+from lmscale.launcher.hosts import Host
+
+HOSTFILE = "hostfile.elastic"
+"""Under the run's directory: the hosts that a restart goes on with."""
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
+_SSH_S = 15.0
+_AT_ONCE = 32
+
+
+def answers(host: str) -> bool:
+    """Tell whether a host takes commands by ssh."""
+    try:
+        done = subprocess.run([*_SSH, host, "true"], capture_output=True, timeout=_SSH_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def largest_legal(config: RunConfig, most: int, least: int = 1) -> int | None:
+    """Return the largest number of ranks, between two, over which the layout and the batch divide; None without one."""
+    for num_ranks in range(most, max(0, least - 1), -1):
+        try:
+            dp_size_of(config, num_ranks)
+        except ConfigError:
+            continue
+        return num_ranks
+    return None
+
+
+def shrink(
+    config: RunConfig,
+    placement: Placement,
+    lost: Collection[int],
+    min_devices: int = 1,
+    is_up: Callable[[str], bool] = answers,
+) -> Placement | None:
+    """Place a run on what is left.
+
+    Without a hostfile: as many ranks fewer as were lost, without their devices. With one: without the hosts that do not
+    answer; a rank that was lost on a host that does may have it again.
+
+    Args:
+        config: the run.
+        placement: where it was.
+        lost: ranks whose process died or did not answer.
+        min_devices: ranks that it must have.
+        is_up: asks a host.
+
+    Returns:
+        The same placement where nothing is missing; None where what is left is too little.
+    """
+    if placement.hosts:
+        return _without_hosts(config, placement, min_devices, is_up)
+    if not lost:
+        return placement
+    num_ranks = largest_legal(config, placement.num_ranks - len(lost), min_devices)
+    if num_ranks is None:
+        return None
+    devices = tuple(device for number, device in enumerate(placement.cuda_devices) if number not in lost)
+    return replace(placement, num_ranks=num_ranks, ranks_per_host=num_ranks, cuda_devices=devices)
+
+
+def _without_hosts(
+    config: RunConfig, placement: Placement, min_devices: int, is_up: Callable[[str], bool]
+) -> Placement | None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        up = list(pool.map(is_up, [host.name for host in placement.hosts]))
+    if all(up):
+        return placement
+    hosts = [
+        Host(host.name, placement.ranks_per_host or host.slots)
+        for host, is_there in zip(placement.hosts, up, strict=True)
+        if is_there
+    ]
+    num_ranks = largest_legal(config, sum(host.slots for host in hosts), min_devices)
+    if num_ranks is None:
+        return None
+    left, used = num_ranks, []
+    for host in hosts:
+        if left:
+            used.append(Host(host.name, min(left, host.slots)))
+            left -= used[-1].slots
+    path = Path(config.output_dir).absolute() / HOSTFILE
+    path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in used))
+    return replace(placement, hostfile=str(path), hosts=tuple(used), ranks_per_host=None, num_ranks=num_ranks)
