@@ -545,6 +545,10 @@ def random_kills(count: int, seed: int = 1) -> Drill:
     return Drill(f"kill -9 at {count} random times of a run that saves at every step", WHOLE, _RandomKills(count, seed))
 
 
+_LONG_STEPS = 70
+"""Of a run that is killed at random times."""
+
+
 @dataclass(frozen=True)
 class _RandomKills:
     count: int
@@ -552,30 +556,40 @@ class _RandomKills:
 
     def __call__(self, site: Any) -> str:
         draw = random.Random(self.seed)
-        steps = 3 * self.count + 10
-        tokens = {"train__train_tokens": 4 * 32 * steps}
-        keep = {"checkpoint__save_interval": 1, "checkpoint__keep": 3}
-        whole = site.keys(site.directory / f"long-{self.count}", **tokens, checkpoint__save_interval=0)
+        whole = self._keys(site, "long", checkpoint__save_interval=0)
         site.train(whole)
-        keys = site.keys(site.directory / f"killed-{self.count}", **tokens, **keep)
         kills = runs = 0
-        while kills < self.count:
-            keys["checkpoint"]["asynchronous"] = bool(runs % 2)
-            runs += 1
+        while kills < self.count:  # where steps are fast, a run ends before all kills are spent: then another one
+            keys = self._keys(site, f"killed-{runs}", checkpoint__save_interval=1, checkpoint__keep=3)
+            here = self._kill_on(site, keys, self.count - kills, draw)
+            if not here:
+                raise Broken("a run ended before it was killed once")
+            site.train(keys)
+            if site_module.losses(keys) != site_module.losses(whole):
+                raise Broken("losses differ from those of the run that nothing happened to")
+            if site_module.tensors(keys) != site_module.tensors(whole):
+                raise Broken("weights or moments differ from those of the run that nothing happened to")
+            kills, runs = kills + here, runs + 1
+        return (
+            f"{kills} kills of {runs} runs; all {_LONG_STEPS} losses and the ends are those of a whole run, bit for bit"
+        )
+
+    def _keys(self, site: Any, name: str, **changes: Any) -> Keys:
+        tokens = 4 * 32 * _LONG_STEPS
+        keys: Keys = site.keys(site.directory / f"{name}-of-{self.count}", train__train_tokens=tokens, **changes)
+        return keys
+
+    @staticmethod
+    def _kill_on(site: Any, keys: Keys, count: int, draw: random.Random) -> int:
+        """Start a run and kill it, until it was killed so many times or has come to its end; count the kills."""
+        kills, metrics = 0, Path(keys["output_dir"]) / "metrics.jsonl"
+        while kills < count and not (metrics.exists() and len(site_module.losses(keys)) >= _LONG_STEPS):
+            keys["checkpoint"]["asynchronous"] = draw.random() < 0.5
             killer = _Killer(draw.uniform(0.0, 1.2), draw.random() < 0.5, draw)
             kills += _killed(site, keys, killer)
             for path in site_module.checkpoints(keys).glob("step-*"):
                 site_module.verify(path)
-            if site_module.losses(keys)[-1:] and len(site_module.losses(keys)) >= steps:
-                break
-        if kills < self.count:
-            raise Broken(f"the run ended after {kills} kills")
-        site.train(keys)
-        if site_module.losses(keys) != site_module.losses(whole):
-            raise Broken("losses differ from those of the run that nothing happened to")
-        if site_module.tensors(keys) != site_module.tensors(whole):
-            raise Broken("weights or moments differ from those of the run that nothing happened to")
-        return f"{kills} kills; the losses of all {steps} steps and the end are those of the whole run, bit for bit"
+        return kills
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lmscale.config.check import CROSS_SECTION_RULES
-from lmscale.config.io import load_run
+from lmscale.config.io import load_run, show
 from lmscale.config.layouts import Layout, check_layout
 from lmscale.config.run import RunConfig
 from lmscale.errors import CheckpointError, ConfigError, OutputError
@@ -84,7 +84,7 @@ def reshape_checkpoint(
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         written = _write(reader, partial, list(_plan(reader, config, sizes)), sizes, note)
-        shutil.copy2(source / "config.yaml", partial)
+        (partial / "config.yaml").write_text(show(config))  # of this layout
         if (source / "tokenizer").is_dir():
             shutil.copytree(source / "tokenizer", partial / "tokenizer")
         fields = {key: value for key, value in reader.manifest.items() if key not in _OWN_FIELDS}

@@ -80,6 +80,7 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(every: int, site: Any) -> N
         run(drill, site)
 
 
+@pytest.mark.timeout(3600)  # each kill costs a start
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_at_random_times_lose_nothing(count: int, site: Any) -> None:
     run(faults.random_kills(count), site)

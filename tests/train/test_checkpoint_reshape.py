@@ -13,6 +13,7 @@ import torch
 
 from lmscale.cli.main import main
 from lmscale.config.checkpoint_paths import find_checkpoint
+from lmscale.config.io import load_run
 from lmscale.errors import LmscaleError
 from lmscale.train.checkpoint_files import read_manifest
 from lmscale.train.checkpoint_reader import CheckpointReader
@@ -110,6 +111,8 @@ def test_reshaped_checkpoint_is_cut_as_its_layout_cuts_and_holds_the_same_bits(
     tp_size, pp_size, dp_size, stage = sizes
     layout = {"tp_size": tp_size, "pp_size": pp_size, "dp_size": dp_size, "zero_stage": stage}
     assert ours.manifest["layout"] == layout
+    parallel = load_run(tmp_path / "reshaped" / "config.yaml").parallel
+    assert (parallel.tp_size, parallel.pp_size) == (tp_size, pp_size)
     for key in ("progress", "optimizer", "loss_scaler", "stages"):
         assert ours.manifest[key] == theirs.manifest[key]
 
