@@ -18,6 +18,7 @@ from lmscale.config.nvidia_apex import apex_problem
 from lmscale.config.optim import OptimConfig
 from lmscale.config.run import ZeroChoice
 from lmscale.launcher.environment import visible_devices
+from lmscale.parallel.op_builds import builds_directory
 
 _GIB = 1 << 30
 _REQUIRED = ("torch", "deepspeed", "megatron-core", "sentencepiece")
@@ -104,12 +105,7 @@ def _op_builder() -> Iterator[Finding]:
         yield Finding("python headers", "ok", str(header))
     else:
         yield Finding("python headers", "missing", f"no {header}", "on Debian: apt-get install python3-dev")
-    yield _compiled_ops(_extensions_root())
-
-
-def _extensions_root() -> Path:
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(given) if given else Path.home() / ".cache" / "torch_extensions"
+    yield _compiled_ops(builds_directory())
 
 
 def _compiled_ops(root: Path) -> Finding:

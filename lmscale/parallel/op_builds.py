@@ -2,19 +2,23 @@
 
 torch compiles an extension under a lock that is a file. A process that is killed meanwhile leaves the file, and every later
 start waits for it for good, without a word. And the ninja that it calls is whichever PATH names: one of another version
-builds again what the first has built, for a minute in which all other starts wait.
+builds again what the first has built, for a minute in which all other starts wait. So does another environment of the same
+user: the place is one for all of them, and what is built names the environment that it was built from.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from lmscale.log import get_logger
 
 _log = get_logger(__name__)
+_PLACE = "TORCH_EXTENSIONS_DIR"
 
 
 def mend_builds() -> None:
@@ -24,7 +28,17 @@ def mend_builds() -> None:
     own = str(Path(sys.executable).parent)
     others = [name for name in os.environ.get("PATH", os.defpath).split(os.pathsep) if name != own]
     os.environ["PATH"] = os.pathsep.join([own, *others])
+    os.environ[_PLACE] = str(builds_directory())
     cpp_extension.FileBaton = KernelBaton
+
+
+def builds_directory() -> Path:
+    """Name the directory that holds what this environment builds: TORCH_EXTENSIONS_DIR, or one of its own."""
+    if given := os.environ.get(_PLACE):
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    environment = "\n".join((sys.prefix, sys.version, version("torch"), version("deepspeed")))
+    return cache / "torch_extensions" / f"lmscale-{hashlib.sha256(environment.encode()).hexdigest()[:12]}"
 
 
 class KernelBaton:

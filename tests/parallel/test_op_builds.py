@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from lmscale.parallel.op_builds import KernelBaton, mend_builds
+from lmscale.parallel.op_builds import KernelBaton, builds_directory, mend_builds
 
 
 def test_programs_of_this_environment_come_first_so_that_one_ninja_builds_all(tmp_path, monkeypatch):
@@ -28,6 +28,17 @@ def test_programs_of_this_environment_come_first_so_that_one_ninja_builds_all(tm
     mend_builds()
     assert os.environ["PATH"] == os.pathsep.join([own, str(tmp_path), "/usr/bin"])
     assert cpp_extension.FileBaton is KernelBaton
+
+
+def test_each_environment_builds_in_a_place_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = builds_directory()
+    assert here.parent == tmp_path / "torch_extensions"
+    monkeypatch.setattr(sys, "prefix", "/opt/other")
+    assert builds_directory() != here
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/scratch/ops")
+    assert builds_directory() == Path("/scratch/ops")
 
 
 def _hold(path: str, holds: object) -> None:
