@@ -11,7 +11,7 @@ from lmscale.config.io import documentation, load_run, show
 from lmscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmscale.launcher.compose import Placement
+    from lmscale.launcher.compose import Command, Placement
     from lmscale.launcher.validate import LaunchPlan
 
 
@@ -30,13 +30,30 @@ def train(
     launcher: Annotated[
         str | None, typer.Option(help="deepspeed, pdsh, openmpi, mpich, slurm or torchrun. Left out: deepspeed.")
     ] = None,
+    nnodes: Annotated[
+        str | None,
+        typer.Option(help="With torchrun, started on each host by itself: the number of hosts, or a range MIN:MAX."),
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(help="With --nnodes N: the number of this host, from 0.")] = None,
+    master_addr: Annotated[
+        str | None,
+        typer.Option(help="With several hosts: where the ranks meet. Left out: the hostfile's first host."),
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(
+            help="The port there. Left out: 29500, one of the job's under Slurm, a free one on a single host."
+        ),
+    ] = None,
     deepspeed_config: Annotated[
         str | None,
         typer.Option("--deepspeed_config", "--deepspeed-config", help="DeepSpeed JSON, in the place of the config's."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything, print the command and the resolved config, start nothing."),
+        typer.Option(
+            "--dry-run", help="Check the run, print what would run on each host and the resolved config, start nothing."
+        ),
     ] = False,
     device_type: Annotated[
         str | None,
@@ -71,28 +88,49 @@ def train(
     if run is None:
         raise ConfigError("is missing", field="RUN.yaml", remedy="see lmscale train --help")
     from lmscale.launcher.compose import compose, place
-    from lmscale.launcher.restarts import check_policy, keep_running
-    from lmscale.launcher.start import resolved_config_path
+    from lmscale.launcher.restarts import check_policy, check_sizes, keep_running
+    from lmscale.launcher.start import join, resolved_config_path
     from lmscale.launcher.validate import validate_run
 
     config = load_run(run, overrides or ())
     if deepspeed_config is not None:
         config = config.model_copy(update={"deepspeed": deepspeed_config})
-    placement = place(launcher, devices, hostfile)
+    placement = place(
+        launcher,
+        devices,
+        hostfile,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        max_restarts=max_restarts,
+    )
     policy = check_policy(max_restarts, elastic, min_devices, placement)
+    check_sizes(config, placement)
     plan = validate_run(config, placement.num_ranks)
     command = compose(plan, placement, resolved_config_path(plan))
+    _warn_of_secrets(command)
     if device_type is not None and not dry_run:
         raise ConfigError("is read with --dry-run only", field="--device-type", value=device_type)
     if dry_run:
-        typer.echo(command.show())
+        typer.echo("\n".join(filter(None, [command.show(), command.show_hosts()])))
         _print_memory(plan, placement, device_type)
         typer.echo(show(plan.config), nl=False)
         return 0
+    if command.is_part:
+        join(plan, command)
     outcome = keep_running(plan, placement, policy)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")
     return outcome.status
+
+
+def _warn_of_secrets(command: Command) -> None:
+    if command.withheld:
+        sys.stderr.write(
+            f"warning: not passed on to other hosts, though .deepspeed_env names it: {', '.join(command.withheld)}; it looks "
+            "like a secret, and would stand on command lines: keep it in a file that only you can read there\n"
+        )
 
 
 def _print_memory(plan: LaunchPlan, placement: Placement, type_name: str | None) -> None:

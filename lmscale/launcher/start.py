@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from lmscale.config.io import show
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Command
-from lmscale.launcher.status import RUN_ID, STATUS_BY_FILE, STATUS_DIR
+from lmscale.launcher.status import RUN_ID, remote_status_dir
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
 from lmscale.monitor.atomic import replaced
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 STOP_FILE = "STOP"
-_DEEPSPEED_ENV = ".deepspeed_env"
 
 
 def resolved_config_path(plan: LaunchPlan) -> Path:
@@ -37,7 +38,7 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
     _write_config(plan)
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
     with _status_dir(output_dir, command) as status_dir:
-        if command.travels:
+        if command.reads_env_file:
             environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir))
         return supervise(
             command.argv,
@@ -49,6 +50,23 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             launcher_passes_signals=command.passes_signals,
             logs=output_dir / "logs",
         )
+
+
+def join(plan: LaunchPlan, command: Command) -> NoReturn:
+    """Become the launcher of this host's part of a run that other hosts join by themselves.
+
+    Nobody supervises all of its ranks, so this process does not stay: signals, restarts and the status are torchrun's.
+
+    Raises:
+        ConfigError: if the run's directory cannot be made or written, or the launcher is not there.
+    """
+    _write_config(plan)
+    environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
+    sys.stdout.flush()
+    try:
+        os.execvpe(command.argv[0], list(command.argv), environ)
+    except OSError as error:
+        raise ConfigError(f"cannot be started: {error.strerror}", field=command.argv[0]) from None
 
 
 def _write_config(plan: LaunchPlan) -> None:
@@ -68,7 +86,7 @@ def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
     if command.is_local:
         path = Path(tempfile.mkdtemp(prefix="lmscale-"))
     else:
-        path = output_dir / f".status-{command.env[RUN_ID]}"
+        path = remote_status_dir(output_dir, command.env[RUN_ID])
         path.mkdir()
     try:
         yield path
@@ -77,26 +95,8 @@ def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
 
 
 def _write_travelling(command: Command, status_dir: Path) -> Path:
-    """Write the file of variables that DeepSpeed exports on the other hosts, with what the user's own files name.
-
-    DeepSpeed's launcher passes on a few prefixes of its own choosing (NCCL, PYTHON, UCX, ...) and what this file holds.
-    """
-    variables: dict[str, str] = {}
-    for directory in (Path.home(), Path.cwd()):
-        variables |= _read_env_file(directory / os.environ.get("DS_ENV_FILE", _DEEPSPEED_ENV))
-    ours = {STATUS_DIR: str(status_dir), STATUS_BY_FILE: "0"}
+    """Write the file of variables that DeepSpeed exports on the other hosts."""
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
-    lines = (
-        f"{name}={value}\n" for name, value in {**command.travels, **variables, **ours}.items() if "\n" not in value
-    )
-    path.write_text("".join(lines))
+    path.write_text("".join(f"{name}={value}\n" for name, value in command.travels.items() if "\n" not in value))
     return path
-
-
-def _read_env_file(path: Path) -> Mapping[str, str]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return {}
-    return {name.strip(): value.strip() for name, equals, value in (line.partition("=") for line in lines) if equals}

@@ -63,6 +63,11 @@ class Report:
     error: str
 
 
+def remote_status_dir(output_dir: Path, run_id: str) -> Path:
+    """Name the directory of the reports of ranks on several hosts: in the run's directory, which they reach."""
+    return output_dir / f".status-{run_id}"
+
+
 def rank() -> int:
     """Return this process's global rank; 0 outside a launch."""
     return int(os.environ.get("RANK", "0"))

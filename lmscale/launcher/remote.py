@@ -1,0 +1,79 @@
+"""A shell line for another host, and what ssh makes of a host's name."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
+"""Asks nothing, and gives up soon."""
+_CONFIG_S = 5.0
+
+
+@dataclass(frozen=True)
+class HostCommand:
+    """What the launcher starts on a host."""
+
+    host: str
+    num_ranks: int | None
+    """None where it is not known before the start."""
+    line: str
+    """For that host's shell, without the variables that travel."""
+
+
+def shell_line(argv: Sequence[str], environ: Mapping[str, str], directory: str | None = None) -> str:
+    """Compose a line for a remote shell that runs a command in this working directory with some variables."""
+    exports = [f"{name}={shlex.quote(value)}" for name, value in environ.items()]
+    words = ["exec", "env", *exports] if exports else ["exec"]
+    return f"cd {shlex.quote(directory or os.getcwd())} && {' '.join(words)} {shlex.join(argv)}"
+
+
+def remote_python_path(environ: Mapping[str, str]) -> str:
+    """Return the PYTHONPATH of the other hosts, as DeepSpeed's launcher makes it: the working directory comes first."""
+    return ":".join([os.getcwd(), *filter(None, [environ.get("PYTHONPATH")])])
+
+
+def python_module(name: str, *arguments: str) -> list[str]:
+    """Compose the command line of a module, for the Python that is at this one's path on the other host."""
+    return [sys.executable, "-u", "-m", name, *arguments]
+
+
+def rendezvous_address(first: str, is_alone: bool) -> str:
+    """Return the name by which every host reaches the first one.
+
+    A name of the user's ~/.ssh/config becomes what it stands for: the ranks do not read that file. A loopback name means
+    another host to each, and becomes this host's own.
+
+    Args:
+        first: as in the hostfile.
+        is_alone: there is no other host.
+    """
+    name = _ssh_host_name(first)
+    return socket.gethostname() if is_loopback(name) and not is_alone else name
+
+
+def is_loopback(name: str) -> bool:
+    """Tell whether a host's name or address is that of every host's own loopback interface."""
+    if name in {"localhost", "ip6-localhost"}:
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _ssh_host_name(name: str) -> str:
+    """Ask ssh what it would connect to; it reads its files, and connects to nothing."""
+    command = ["ssh", "-G", name]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=_CONFIG_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return name.rpartition("@")[2]
+    found = (line.partition(" ") for line in shown.splitlines())
+    return next((value for key, _, value in found if key == "hostname" and value), name)
