@@ -21,7 +21,7 @@ from lmscale.errors import ConfigError
 from lmscale.launcher import many_hosts
 from lmscale.launcher.environment import free_port, is_secret, threads_for, travelling, user_exports
 from lmscale.launcher.placement import Launcher, Nodes, Placement, place
-from lmscale.launcher.remote import HostCommand, remote_python_path, rendezvous_address
+from lmscale.launcher.shell import HostCommand, remote_python_path, rendezvous_address
 from lmscale.launcher.status import RUN_ID, STARTED_AT, STATUS_BY_FILE, STATUS_DIR, remote_status_dir
 from lmscale.launcher.validate import LaunchPlan
 

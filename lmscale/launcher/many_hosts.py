@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lmscale.launcher.placement import Placement
-from lmscale.launcher.remote import HostCommand, python_module, shell_line
+from lmscale.launcher.shell import HostCommand, python_module, shell_line
 
 _SRUN_WAIT_S = 60
 """srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import IO
 
-from lmscale.launcher.remote import SSH
+from lmscale.launcher.shell import SSH
 
 _ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
 """A host that does not answer for 20 s is lost."""

@@ -15,7 +15,7 @@ import pytest
 from lmscale.cli.main import main
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import compose, place
-from lmscale.launcher.remote import is_loopback, rendezvous_address, shell_line
+from lmscale.launcher.shell import is_loopback, rendezvous_address, shell_line
 from lmscale.launcher.restarts import check_sizes
 from lmscale.launcher.start import resolved_config_path
 from lmscale.launcher.validate import validate_run
