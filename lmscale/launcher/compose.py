@@ -63,6 +63,8 @@ class Command:
     """All ranks are processes of this host, below the launcher."""
     passes_signals: bool = False
     """The launcher hands signals to its ranks by itself."""
+    hosts: tuple[str, ...] = ()
+    """Of the hostfile."""
 
     def show(self) -> str:
         """Render as a line for a shell."""
@@ -170,7 +172,15 @@ def compose(
         argv = [_program("deepspeed"), *_deepspeed_options(placement, environ), *rank_argv]
         unset += ["CUDA_VISIBLE_DEVICES"] if is_local and placement.cuda_devices else []
     travels = travelling({**environ, **env}) if placement.hosts else {}
-    return Command(tuple(argv), env, tuple(unset), travels, is_local, passes_signals=placement.launcher == "slurm")
+    return Command(
+        tuple(argv),
+        env,
+        tuple(unset),
+        travels,
+        is_local,
+        passes_signals=placement.launcher == "slurm",
+        hosts=tuple(host.name for host in placement.hosts),
+    )
 
 
 def module_of(config: RunConfig) -> str:

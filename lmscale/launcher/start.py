@@ -12,7 +12,9 @@ from pathlib import Path
 from lmscale.config.io import show
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Command
-from lmscale.launcher.status import RUN_ID, STATUS_BY_FILE, STATUS_DIR
+from lmscale.launcher.relay import Relay
+from lmscale.launcher.remote import prepare
+from lmscale.launcher.status import RUN_ID, STATUS_ADDRESS, STATUS_BY_FILE
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
 from lmscale.monitor.atomic import replaced
@@ -32,13 +34,15 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
 
     Raises:
         ConfigError: if the run's directory cannot be made or written.
+        HostError: if a host of the hostfile cannot take its ranks.
     """
     output_dir = Path(plan.config.output_dir).absolute()
     _write_config(plan)
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
-    with _status_dir(output_dir, command) as status_dir:
-        if command.travels:
-            environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir))
+    with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
+        if relay is not None:
+            here = prepare(command.hosts, resolved_config_path(plan))
+            environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir, f"{here}:{relay.port}"))
         return supervise(
             command.argv,
             environ,
@@ -48,6 +52,8 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             stop_file=output_dir / STOP_FILE,
             launcher_passes_signals=command.passes_signals,
             logs=output_dir / "logs",
+            relay=relay,
+            hosts=command.hosts,
         )
 
 
@@ -64,8 +70,8 @@ def _write_config(plan: LaunchPlan) -> None:
 
 @contextlib.contextmanager
 def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
-    """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it."""
-    if command.is_local:
+    """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it themselves."""
+    if command.is_local or command.hosts:
         path = Path(tempfile.mkdtemp(prefix="lmscale-"))
     else:
         path = output_dir / f".status-{command.env[RUN_ID]}"
@@ -76,7 +82,13 @@ def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_travelling(command: Command, status_dir: Path) -> Path:
+def _relay(plan: LaunchPlan, command: Command, status_dir: Path) -> contextlib.AbstractContextManager[Relay | None]:
+    if not command.hosts:
+        return contextlib.nullcontext()
+    return Relay(status_dir, command.env[RUN_ID], plan.num_ranks)
+
+
+def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
     """Write the file of variables that DeepSpeed exports on the other hosts, with what the user's own files name.
 
     DeepSpeed's launcher passes on a few prefixes of its own choosing (NCCL, PYTHON, UCX, ...) and what this file holds.
@@ -84,7 +96,7 @@ def _write_travelling(command: Command, status_dir: Path) -> Path:
     variables: dict[str, str] = {}
     for directory in (Path.home(), Path.cwd()):
         variables |= _read_env_file(directory / os.environ.get("DS_ENV_FILE", _DEEPSPEED_ENV))
-    ours = {STATUS_DIR: str(status_dir), STATUS_BY_FILE: "0"}
+    ours = {STATUS_ADDRESS: address, STATUS_BY_FILE: "1"}
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
     lines = (
