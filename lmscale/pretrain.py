@@ -23,7 +23,7 @@ from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.feed.counts import count_tokens
 from lmscale.feed.loader import Batch, HeldOut, build_train_loader, build_valid_loaders
 from lmscale.launcher.environment import adopt_rank
-from lmscale.launcher.status import RUN_ID, STARTED_AT, STATUS_DIR, end_hung, register, run_rank, tell
+from lmscale.launcher.status import RUN_ID, STARTED_AT, end_hung, is_supervised, register, run_rank, tell
 from lmscale.launcher.validate import LaunchPlan, check_output_dir, validate_run
 from lmscale.log import get_logger, log_file, setup_logging
 from lmscale.models.build import build_model, model_specs
@@ -182,7 +182,7 @@ def _train_run(
             reopen_writers=functools.partial(reopen_writers, config, writers, topology.device),
         )
         # The supervisor tells of a failure itself, once it knows that nothing is started again.
-        with contextlib.nullcontext() if STATUS_DIR in os.environ else alerting(run):
+        with contextlib.nullcontext() if is_supervised() else alerting(run):
             was_stopped = train(run)
         if not was_stopped:
             work.finish(run)

@@ -22,7 +22,7 @@ from lmscale.launcher import many_hosts
 from lmscale.launcher.environment import free_port, is_secret, threads_for, travelling, user_exports
 from lmscale.launcher.placement import Launcher, Nodes, Placement, place
 from lmscale.launcher.shell import HostCommand, remote_python_path, rendezvous_address
-from lmscale.launcher.status import RUN_ID, STARTED_AT, STATUS_BY_FILE, STATUS_DIR, remote_status_dir
+from lmscale.launcher.status import RUN_ID, STARTED_AT, STATUS_ADDRESS, STATUS_BY_FILE, STATUS_DIR
 from lmscale.launcher.validate import LaunchPlan
 
 __all__ = ["Command", "Launcher", "Nodes", "Placement", "compose", "module_of", "place"]
@@ -55,6 +55,8 @@ class Command:
     """The launcher takes what travels from the file that DS_ENV_FILE names."""
     is_part: bool = False
     """The ranks of this host alone, of a run that each host joins by itself."""
+    hosts: tuple[str, ...] = ()
+    """Of the hostfile."""
 
     def show(self) -> str:
         """Render as a line for a shell."""
@@ -66,6 +68,7 @@ class Command:
         """Render what runs on each of several hosts, as comments of a shell; empty for one host."""
         names = sorted(self.travels)
         environ = [f"#   {name}={shlex.quote(self.travels[name])}" for name in names]
+        environ += [f"#   {STATUS_ADDRESS}=(where this command listens, known at the start)"] if self.hosts else []
         lines = []
         for each in self.on_hosts:
             count = "" if each.num_ranks is None else f", {each.num_ranks} rank{'s' * (each.num_ranks != 1)}"
@@ -100,7 +103,7 @@ def compose(
         env["OMP_NUM_THREADS"] = str(threads_for(busiest))
     rank_argv = ["--module", module_of(plan.config), "--config", str(config_file)]
     if placement.hosts:
-        return _on_hosts(placement, rank_argv, env, config_file.parent, environ)
+        return _on_hosts(placement, rank_argv, env, environ)
     if placement.launcher == "slurm":
         return _in_slurm(placement, rank_argv, env, environ)
     # A rank's identity left over from an outer launch would make the launcher itself look like a rank.
@@ -112,7 +115,7 @@ def compose(
         here = HostCommand(where, busiest, shlex.join(argv))
         travels = travelling({**environ, **env})
         # A supervisor of an outer launch cannot hear the ranks of all hosts.
-        unset += [STATUS_DIR, STATUS_BY_FILE]
+        unset += [STATUS_DIR, STATUS_ADDRESS, STATUS_BY_FILE]
         return Command(tuple(argv), env, tuple(unset), travels, is_local=False, on_hosts=(here,), is_part=True)
     port = str(placement.master_port or free_port())
     if placement.launcher == "torchrun":
@@ -130,34 +133,38 @@ def module_of(config: RunConfig) -> str:
     return PRETRAIN if config.adapt is None and config.task is None else FINETUNE
 
 
-def _on_hosts(
-    placement: Placement, rank_argv: list[str], env: dict[str, str], output_dir: Path, environ: Mapping[str, str]
-) -> Command:
+def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], environ: Mapping[str, str]) -> Command:
     """Compose for the hosts of a hostfile."""
     first = placement.hosts[0].name
     address = placement.master_addr or rendezvous_address(first, is_alone=len(placement.hosts) == 1)
     meeting = many_hosts.Meeting(address, placement.master_port or _PORT)
     asked = user_exports(environ)
     env["PYTHONPATH"] = remote_python_path(environ)
-    status = {STATUS_DIR: str(remote_status_dir(output_dir, env[RUN_ID])), STATUS_BY_FILE: "0"}
-    inherited = {name: value for name, value in environ.items() if not is_secret(name)}
-    travels = travelling(inherited) | env
-    travels |= {name: value for name, value in asked.items() if not is_secret(name)} | status
-    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *sorted(filter(is_secret, environ)))
+    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", STATUS_DIR, *sorted(filter(is_secret, environ)))
+    inherited = {name: value for name, value in environ.items() if name not in unset}
+    travels = travelling(inherited) | env | {name: value for name, value in asked.items() if not is_secret(name)}
+    travels[STATUS_BY_FILE] = "1"
     build = {"openmpi": many_hosts.openmpi, "mpich": many_hosts.mpich, "torchrun": many_hosts.torchrun_over_ssh}
-    if placement.launcher in build:
-        if placement.launcher != "torchrun":
-            travels |= meeting.environ
-        argv, on_hosts = build[placement.launcher](placement, rank_argv, meeting, travels)
-        if placement.launcher != "torchrun":  # mpirun takes the values from its environment
-            env |= {name: value for name, value in travels.items() if name not in status}
-    else:
+    reads_env_file = placement.launcher not in build
+    if reads_env_file:
         travels = many_hosts.deepspeed_exports(inherited) | travels
         argv, on_hosts = many_hosts.deepspeed(_program("deepspeed"), placement, rank_argv, meeting)
         del env["PYTHONPATH"]  # DeepSpeed puts the working directory before it, once more
-    withheld = tuple(sorted(filter(is_secret, asked)))
-    reads_env_file = placement.launcher not in build
-    return Command(tuple(argv), env, unset, travels, False, False, tuple(on_hosts), withheld, reads_env_file)
+    else:
+        travels |= meeting.environ
+        argv, on_hosts = build[placement.launcher](placement, rank_argv, meeting, [*travels, STATUS_ADDRESS])
+        env |= travels  # where these launchers look for the values
+    return Command(
+        tuple(argv),
+        env,
+        unset,
+        travels,
+        is_local=False,
+        hosts=tuple(host.name for host in placement.hosts),
+        on_hosts=tuple(on_hosts),
+        withheld=tuple(sorted(filter(is_secret, asked))),
+        reads_env_file=reads_env_file,
+    )
 
 
 def _in_slurm(placement: Placement, rank_argv: list[str], env: dict[str, str], environ: Mapping[str, str]) -> Command:

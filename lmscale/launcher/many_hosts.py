@@ -14,11 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmscale.launcher.placement import Placement
-from lmscale.launcher.shell import HostCommand, python_module, shell_line
+from lmscale.launcher.shell import HostCommand, python_module
 
 _SRUN_WAIT_S = 60
 """srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
@@ -70,7 +70,7 @@ def deepspeed_exports(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(_DEEPSPEED_EXPORTS)}
 
 
-def openmpi(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Mapping[str, str]) -> Composed:
+def openmpi(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Sequence[str]) -> Composed:
     """Compose OpenMPI's mpirun, for processes alone: the ranks talk by NCCL or gloo."""
     program = next(filter(shutil.which, ("mpirun.openmpi", "mpirun")), "mpirun")
     # Values stay off the command line: with a name alone mpirun takes them from its environment.
@@ -80,7 +80,7 @@ def openmpi(placement: Placement, rank_argv: list[str], meeting: Meeting, travel
     return _mpi(argv, placement, rank_argv)
 
 
-def mpich(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Mapping[str, str]) -> Composed:
+def mpich(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Sequence[str]) -> Composed:
     """Compose MPICH's mpiexec (Hydra), for processes alone."""
     argv = ["mpiexec.hydra", "-launcher", "ssh", "-n", str(placement.num_ranks), "-hosts", _slots(placement)]
     # Left to itself, Hydra passes on everything.
@@ -97,20 +97,19 @@ def _slots(placement: Placement) -> str:
     return ",".join(f"{host.name}:{placement.slots(host)}" for host in placement.hosts)
 
 
-def torchrun_over_ssh(
-    placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Mapping[str, str]
-) -> Composed:
+def torchrun_over_ssh(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Sequence[str]) -> Composed:
     """Compose a torchrun with static rendezvous on each host, started over ssh by over_ssh.py."""
-    argv, on_hosts = python_module("lmscale.launcher.over_ssh"), []
+    argv, on_hosts = python_module("lmscale.launcher.over_ssh", ",".join(sorted(travels))), []
     for number, host in enumerate(placement.hosts):
         static = [f"--nnodes={len(placement.hosts)}", f"--node-rank={number}"]
         meets = [f"--master-addr={meeting.address}", f"--master-port={meeting.port}"]
         options = [*static, f"--nproc-per-node={placement.slots(host)}", *meets]
         torchrun = python_module("torch.distributed.run", *options, *rank_argv)
-        tethered = python_module("lmscale.launcher.tether", *torchrun)
-        argv += [host.name, shell_line(tethered, travels)]
-        plain = f"cd {shlex.quote(os.getcwd())}; {shlex.join(torchrun)}"
-        on_hosts.append(HostCommand(host.name, placement.slots(host), plain))
+        line = (
+            f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(python_module('lmscale.launcher.tether', *torchrun))}"
+        )
+        argv += [host.name, line]
+        on_hosts.append(HostCommand(host.name, placement.slots(host), line))
     return argv, on_hosts
 
 

@@ -1,4 +1,6 @@
-"""Start a line of shell on each of several hosts and stay to the end: `python -m lmscale.launcher.over_ssh HOST LINE ...`.
+"""Start a line of shell on each of several hosts: `python -m lmscale.launcher.over_ssh NAME,NAME HOST LINE HOST LINE ...`.
+
+The variables that are named first go before each line, with their values here.
 
 Every line of their output is passed on with the host's name before it, as pdsh does. Unlike pdsh it ends the others when
 one host has failed: each line runs under tether.py, which ends with its connection.
@@ -7,6 +9,7 @@ one host has failed: each line runs under tether.py, which ends with its connect
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import IO
 
-from lmscale.launcher.shell import SSH
+from lmscale.launcher.shell import SSH, with_exports
 
 _ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4")
 """A host that does not answer for 20 s is lost."""
@@ -114,8 +117,10 @@ def _pass_on(host: str, source: IO[bytes], target: IO[bytes]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read HOST LINE pairs and run them."""
-    return run(list(zip(arguments[::2], arguments[1::2], strict=True)))
+    """Read the names and the HOST LINE pairs, and run them."""
+    environ = {name: os.environ[name] for name in arguments[0].split(",") if name in os.environ}
+    pairs = zip(arguments[1::2], arguments[2::2], strict=True)
+    return run([(host, with_exports(line, environ)) for host, line in pairs])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lmscale.config.run import RunConfig
 from lmscale.errors import EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.launcher.compose import Placement, compose
 from lmscale.launcher.elastic import shrink
+from lmscale.launcher.remote import HostError
 from lmscale.launcher.start import resolved_config_path, start
 from lmscale.launcher.status import STARTED_AT
 from lmscale.launcher.supervise import Outcome
@@ -113,7 +114,12 @@ def keep_running(
     used = 0
     while True:
         before = _newest(config)
-        outcome = launch(plan, placement)
+        try:
+            outcome = launch(plan, placement)
+        except HostError as error:
+            if not used:
+                raise
+            outcome = Outcome(EXIT_FAILURE, str(error))  # a host that comes back may take the next start
         if outcome.status == EXIT_HANG:
             _alert(config, "hang", outcome)
         if _newest(config) != before:

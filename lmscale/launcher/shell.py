@@ -8,7 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
@@ -27,11 +27,10 @@ class HostCommand:
     """For that host's shell, without the variables that travel."""
 
 
-def shell_line(argv: Sequence[str], environ: Mapping[str, str], directory: str | None = None) -> str:
-    """Compose a line for a remote shell that runs a command in this working directory with some variables."""
+def with_exports(line: str, environ: Mapping[str, str]) -> str:
+    """Put variables before a line for a remote shell."""
     exports = [f"{name}={shlex.quote(value)}" for name, value in environ.items()]
-    words = ["exec", "env", *exports] if exports else ["exec"]
-    return f"cd {shlex.quote(directory or os.getcwd())} && {' '.join(words)} {shlex.join(argv)}"
+    return f"export {' '.join(exports)}; {line}" if exports else line
 
 
 def remote_python_path(environ: Mapping[str, str]) -> str:

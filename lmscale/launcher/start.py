@@ -14,7 +14,9 @@ from typing import NoReturn
 from lmscale.config.io import show
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Command
-from lmscale.launcher.status import RUN_ID, remote_status_dir
+from lmscale.launcher.relay import Relay
+from lmscale.launcher.remote import prepare
+from lmscale.launcher.status import RUN_ID, STATUS_ADDRESS
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
 from lmscale.monitor.atomic import replaced
@@ -33,13 +35,18 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
 
     Raises:
         ConfigError: if the run's directory cannot be made or written.
+        HostError: if a host of the hostfile cannot take its ranks.
     """
     output_dir = Path(plan.config.output_dir).absolute()
     _write_config(plan)
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
-    with _status_dir(output_dir, command) as status_dir:
-        if command.reads_env_file:
-            environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir))
+    with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
+        if relay is not None:
+            here = prepare(command.hosts, resolved_config_path(plan))
+            # The launchers that take values from their own environment find it there, and DeepSpeed's in the file.
+            environ[STATUS_ADDRESS] = f"{here}:{relay.port}"
+            if command.reads_env_file:
+                environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir, environ[STATUS_ADDRESS]))
         return supervise(
             command.argv,
             environ,
@@ -49,6 +56,8 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             stop_file=output_dir / STOP_FILE,
             launcher_passes_signals=command.passes_signals,
             logs=output_dir / "logs",
+            relay=relay,
+            hosts=command.hosts,
         )
 
 
@@ -82,11 +91,11 @@ def _write_config(plan: LaunchPlan) -> None:
 
 @contextlib.contextmanager
 def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
-    """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it."""
-    if command.is_local:
+    """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it themselves."""
+    if command.is_local or command.hosts:
         path = Path(tempfile.mkdtemp(prefix="lmscale-"))
     else:
-        path = remote_status_dir(output_dir, command.env[RUN_ID])
+        path = output_dir / f".status-{command.env[RUN_ID]}"
         path.mkdir()
     try:
         yield path
@@ -94,9 +103,16 @@ def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_travelling(command: Command, status_dir: Path) -> Path:
+def _relay(plan: LaunchPlan, command: Command, status_dir: Path) -> contextlib.AbstractContextManager[Relay | None]:
+    if not command.hosts:
+        return contextlib.nullcontext()
+    return Relay(status_dir, command.env[RUN_ID], plan.num_ranks)
+
+
+def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
     """Write the file of variables that DeepSpeed exports on the other hosts."""
+    variables = {**command.travels, STATUS_ADDRESS: address}
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
-    path.write_text("".join(f"{name}={value}\n" for name, value in command.travels.items() if "\n" not in value))
+    path.write_text("".join(f"{name}={value}\n" for name, value in variables.items() if "\n" not in value))
     return path

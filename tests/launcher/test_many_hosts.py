@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,8 +13,8 @@ import pytest
 from lmscale.cli.main import main
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import compose, place
-from lmscale.launcher.shell import is_loopback, rendezvous_address, shell_line
 from lmscale.launcher.restarts import check_sizes
+from lmscale.launcher.shell import is_loopback, rendezvous_address
 from lmscale.launcher.start import resolved_config_path
 from lmscale.launcher.validate import validate_run
 from tests.launcher.fake_ssh import put_ssh_on_path
@@ -62,8 +60,8 @@ def test_every_host_gets_what_its_ranks_need_and_no_secret(tmp_path, launcher):
     assert [(each.host, each.num_ranks) for each in command.on_hosts] == [("a", 2), ("b", 1)]
     needed = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "INFO", "UCX_TLS": "tcp", "DS_ACCELERATOR": "cpu"}
     assert needed.items() <= command.travels.items()
-    reports = {"LMSCALE_STATUS_DIR": f"{tmp_path}/run/.status-{command.env['LMSCALE_RUN_ID']}"}
-    assert {**reports, "LMSCALE_STATUS_BY_FILE": "0"}.items() <= command.travels.items()
+    assert command.travels["LMSCALE_RUN_ID"] == command.env["LMSCALE_RUN_ID"]
+    assert command.hosts == ("a", "b")
     assert command.travels["PYTHONPATH"].startswith(str(Path.cwd()))
     assert "EDITOR" not in command.travels
     assert not SECRETS & {*command.travels, *command.env}
@@ -110,7 +108,7 @@ def test_openmpi_takes_values_from_its_environment(tmp_path):
     command = command_for(tmp_path, place("openmpi", None, hostfile(tmp_path), CPU))
     assert command.argv[:5] == ("mpirun.openmpi", "-np", "3", "--host", "a:2,b:1")
     names = {command.argv[number + 1] for number, word in enumerate(command.argv) if word == "-x"}
-    assert names == set(command.travels)
+    assert names == {*command.travels, "LMSCALE_STATUS_ADDRESS"}
     assert not any("=" in name for name in names)
     assert (command.env["MASTER_ADDR"], command.env["MASTER_PORT"]) == ("a", "29500")
     assert command.argv[-5:-1] == ("-u", "-m", "lmscale.pretrain", "--config")
@@ -120,18 +118,20 @@ def test_mpich_passes_on_a_list_and_nothing_else(tmp_path):
     command = command_for(tmp_path, place("mpich", 2, hostfile(tmp_path), CPU), overrides=())
     assert command.argv[0] == "mpiexec.hydra"
     assert after(command.argv, "-hosts") == "a:2,b:2"
-    assert set(after(command.argv, "-genvlist").split(",")) == set(command.travels)
+    assert set(after(command.argv, "-genvlist").split(",")) == {*command.travels, "LMSCALE_STATUS_ADDRESS"}
 
 
 def test_torchrun_runs_on_each_host_with_its_rank(tmp_path):
     command = command_for(tmp_path, place("torchrun", None, hostfile(tmp_path), CPU, master_port=4000))
     assert after(command.argv, "-m") == "lmscale.launcher.over_ssh"
-    hosts, lines = command.argv[4::2], command.argv[5::2]
+    names, hosts, lines = command.argv[4].split(","), command.argv[5::2], command.argv[6::2]
+    assert set(names) == {*command.travels, "LMSCALE_STATUS_ADDRESS"}
+    assert command.travels.items() <= command.env.items()
     assert hosts == ("a", "b")
     for number, (line, slots) in enumerate(zip(lines, (2, 1), strict=True)):
         words = shlex.split(line)
         assert {f"--node-rank={number}", "--nnodes=2", f"--nproc-per-node={slots}"} <= set(words)
-        assert {"--master-addr=a", "--master-port=4000", "GLOO_SOCKET_IFNAME=eth0"} <= set(words)
+        assert {"--master-addr=a", "--master-port=4000"} <= set(words)
         assert words[words.index("--module") + 1] == "lmscale.pretrain"
 
 
@@ -196,13 +196,6 @@ def test_a_loopback_name_becomes_this_hosts_own(monkeypatch):
     assert [is_loopback(name) for name in ("::1", "localhost", "127.1.2.3", "node", "10.0.0.1")] == [True] * 3 + [
         False
     ] * 2
-
-
-def test_a_line_survives_the_remote_shell(tmp_path):
-    line = shell_line(
-        [sys.executable, "-c", "import os; print(os.environ['A'], os.getcwd())"], {"A": "$x '\"`b`"}, str(tmp_path)
-    )
-    assert subprocess.check_output(["sh", "-c", line], text=True) == f"$x '\"`b` {tmp_path}\n"
 
 
 @pytest.mark.parametrize("launcher", OVER_HOSTS)

@@ -29,7 +29,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 def start(*pairs: str, run_id: str = "") -> subprocess.Popen[str]:
     environ = {**os.environ, RUN_ID: run_id or uuid.uuid4().hex}
-    command = [sys.executable, "-m", "lmscale.launcher.over_ssh", *pairs]
+    command = [sys.executable, "-m", "lmscale.launcher.over_ssh", "ONE,TWO", *pairs]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 
 
@@ -58,6 +58,12 @@ def test_the_first_failure_is_the_status_and_ends_the_others(monkeypatch):
     )
     assert (done.returncode, done.stderr) == (3, "b: ended with status 3\n")
     assert eventually(lambda: not marked(run_id))
+
+
+def test_variables_go_along_by_name_through_the_remote_shell(monkeypatch):
+    monkeypatch.setenv("ONE", "$x '\"`b`")
+    done = start("a", f"exec {sys.executable} -c 'import os; print(os.environ[\"ONE\"])'")
+    assert done.communicate(timeout=WITHIN_S)[0] == "a: $x '\"`b`\n"
 
 
 def test_an_unreachable_host_is_named():
