@@ -51,6 +51,8 @@ class Command:
     """What the launcher starts on each of several hosts."""
     withheld: tuple[str, ...] = ()
     """Names that the user's .deepspeed_env asks to pass on, and that look like secrets."""
+    meets_at: tuple[str, int] | None = None
+    """The host of the hostfile, and the port there, at which the ranks meet."""
     reads_env_file: bool = False
     """The launcher takes what travels from the file that DS_ENV_FILE names."""
     is_part: bool = False
@@ -163,6 +165,7 @@ def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], e
         hosts=tuple(host.name for host in placement.hosts),
         on_hosts=tuple(on_hosts),
         withheld=tuple(sorted(filter(is_secret, asked))),
+        meets_at=(first, meeting.port),
         reads_env_file=reads_env_file,
     )
 

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lmscale.launcher.remote import HostError
+
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 """Asks nothing, and gives up soon."""
 _CONFIG_S = 5.0
+_PORT_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,25 @@ def remote_python_path(environ: Mapping[str, str]) -> str:
 def python_module(name: str, *arguments: str) -> list[str]:
     """Compose the command line of a module, for the Python that is at this one's path on the other host."""
     return [sys.executable, "-u", "-m", name, *arguments]
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that ranks can meet at a port of a host that is known to answer.
+
+    Raises:
+        HostError: if somebody listens there already.
+    """
+    # As the ranks' store binds it; torch does not tell whose port it was before it gives up.
+    program = f"import socket as s; l = s.socket(); l.setsockopt(s.SOL_SOCKET, s.SO_REUSEADDR, 1); l.bind(('', {port}))"
+    line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+    try:
+        done = subprocess.run([*SSH, host, line], capture_output=True, text=True, timeout=_PORT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if "Address already in use" in done.stderr or "Permission denied" in done.stderr:
+        reason = done.stderr.strip().rpartition("] ")[2].lower()
+        remedy = "use another one, or end what listens there"
+        raise HostError(f"cannot be used on {host}: {reason}", field="--master-port", value=port, remedy=remedy)
 
 
 def rendezvous_address(first: str, is_alone: bool) -> str:

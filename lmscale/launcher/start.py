@@ -16,6 +16,7 @@ from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Command
 from lmscale.launcher.relay import Relay
 from lmscale.launcher.remote import prepare
+from lmscale.launcher.shell import check_port
 from lmscale.launcher.status import RUN_ID, STATUS_ADDRESS
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
@@ -43,6 +44,8 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
     with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
         if relay is not None:
             here = prepare(command.hosts, resolved_config_path(plan))
+            if command.meets_at is not None:
+                check_port(*command.meets_at)
             # The launchers that take values from their own environment find it there, and DeepSpeed's in the file.
             environ[STATUS_ADDRESS] = f"{here}:{relay.port}"
             if command.reads_env_file:
