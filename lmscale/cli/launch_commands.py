@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -155,11 +156,26 @@ def doctor(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Show which layouts can be trained, and nothing else.")
     ] = False,
+    hostfile: Annotated[
+        Path | None, typer.Option(help='Look at these hosts instead, and at all together: "NAME slots=RANKS" lines.')
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="With --hostfile: a corpus, PREFIX.bin and .idx, that all must see alike; give several."),
+    ] = None,
 ) -> int:
-    """Show what this machine has and lacks for training; exit with 1 where training needs something that is missing."""
+    """Show what this machine has and lacks for training; exit with 1 where training needs something that is missing.
+
+    With --hostfile every host is asked over ssh: versions, code, disk, shared memory, clock, network interfaces, corpora;
+    then an all-reduce goes over all of them. Variables that name interfaces travel as in a run.
+    """
     if layouts:
         _print_layouts()
         return 0
+    if hostfile is not None:
+        return _examine_hosts(hostfile, data or [])
+    if data:
+        raise ConfigError("is read with --hostfile only", field="--data", value=data[0])
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -176,6 +192,35 @@ def doctor(
             is_ready = is_ready and finding.state != "missing"
     console.print(table)
     return 0 if is_ready else 1
+
+
+def _examine_hosts(hostfile: Path, prefixes: list[str]) -> int:
+    """Print a row for each host, and then what is wrong, by host."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmscale.launcher.hosts import read_hostfile
+    from lmscale.launcher.preflight import examine_hosts
+
+    hosts = read_hostfile(hostfile)
+    console = Console()
+    with console.status("asking the hosts"):
+        found = examine_hosts(hosts, prefixes)
+    names = list(dict.fromkeys(finding.name for each in found.hosts for finding in each.findings))
+    table = Table("host", *names)
+    marks = {"ok": "[green]ok[/]", "missing": "[red]wrong[/]", "note": "[yellow]note[/]"}
+    for each in found.hosts:
+        states = {finding.name: marks[finding.state] for finding in each.findings}
+        table.add_row(each.host, *(states.get(name, "") for name in names))
+    console.print(table)
+    lines = [(each.host, finding) for each in found.hosts for finding in each.findings if finding.state != "ok"]
+    for host, finding in [*lines, ("all hosts", found.all_reduce)]:
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        line = f"{host}: {finding.name}: {finding.value}{remedy}"
+        console.print(
+            line, style=None if finding.state != "missing" else "red", markup=False, highlight=False, soft_wrap=True
+        )
+    return 0 if found.is_ready else 1
 
 
 def _print_layouts() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmscale.launcher.placement import Placement
-from lmscale.launcher.shell import HostCommand, python_module
+from lmscale.launcher.shell import HostCommand, python_line, python_module
 
 _SRUN_WAIT_S = 60
 """srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
@@ -105,9 +105,7 @@ def torchrun_over_ssh(placement: Placement, rank_argv: list[str], meeting: Meeti
         meets = [f"--master-addr={meeting.address}", f"--master-port={meeting.port}"]
         options = [*static, f"--nproc-per-node={placement.slots(host)}", *meets]
         torchrun = python_module("torch.distributed.run", *options, *rank_argv)
-        line = (
-            f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(python_module('lmscale.launcher.tether', *torchrun))}"
-        )
+        line = python_line("lmscale.launcher.tether", *torchrun)
         argv += [host.name, line]
         on_hosts.append(HostCommand(host.name, placement.slots(host), line))
     return argv, on_hosts

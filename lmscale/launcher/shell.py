@@ -46,6 +46,11 @@ def python_module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-u", "-m", name, *arguments]
 
 
+def python_line(module: str, *arguments: str) -> str:
+    """Compose a line that runs a module on another host, in this working directory."""
+    return f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(python_module(module, *arguments))}"
+
+
 def check_port(host: str, port: int) -> None:
     """Check that ranks can meet at a port of a host that is known to answer.
 
