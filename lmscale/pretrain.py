@@ -22,6 +22,7 @@ from lmscale.config.run import RunConfig, ZeroChoice
 from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.feed.counts import count_tokens
 from lmscale.feed.loader import Batch, HeldOut, build_train_loader, build_valid_loaders
+from lmscale.feed.same_data import check_same_corpora
 from lmscale.launcher.environment import adopt_rank
 from lmscale.launcher.status import RUN_ID, STARTED_AT, end_hung, is_supervised, register, run_rank, tell
 from lmscale.launcher.validate import LaunchPlan, check_output_dir, validate_run
@@ -99,6 +100,7 @@ def pretrain(config: RunConfig, *, pipeline: bool | None = None) -> int:
 def corpus_work(config: RunConfig, engine: Engine, progress: Progress) -> Work:
     """Train on the run's corpora, and measure the loss of those that are held out."""
     topology = engine.topology
+    check_same_corpora(config)
     return Work(
         loader=functools.partial(build_train_loader, config, topology.dp_rank, topology.dp_size),
         held_out=build_valid_loaders(config, topology.dp_rank, topology.dp_size),
