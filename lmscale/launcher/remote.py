@@ -76,7 +76,7 @@ def _prepare(host: str, config_file: Path, text: str, here: str) -> str:
     # The config lies beside its final place first: hosts that share the directory all write it.
     script = (
         f"set -e; echo address=${{SSH_CONNECTION%% *}}; "
-        f"mkdir -p {directory}; part={final}.$(hostname).$$; cat > $part; mv $part {final}; {python} -c {program}"
+        f'mkdir -p {directory}; part={final}.$(hostname).$$; cat > "$part"; mv "$part" {final}; {python} -c {program}'
     )
     done = _ssh(host, script, text, _PREPARE_S)
     if done is None:
