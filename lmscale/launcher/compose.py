@@ -162,6 +162,7 @@ def compose(
     rank_argv = ["--module", module_of(plan.config), "--config", str(config_file)]
     # A rank's identity left over from an outer launch would make the launcher itself look like a rank.
     unset = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    meeting: dict[str, str] = {}
     if placement.launcher == "torchrun":
         port = f"--master_port={free_port()}"
         argv = [_program("torchrun"), f"--nproc_per_node={placement.num_ranks}", port, *rank_argv]
@@ -169,9 +170,12 @@ def compose(
         argv, more = _srun(placement, rank_argv, environ)
         env |= more
     else:
-        argv = [_program("deepspeed"), *_deepspeed_options(placement, environ), *rank_argv]
+        port = str(free_port())
+        argv = [_program("deepspeed"), *_deepspeed_options(placement, environ), "--master_port", port, *rank_argv]
+        # Under mpirun DeepSpeed would ask mpi4py for it, and for the address, which is known once the hosts have answered.
+        meeting = {"MASTER_PORT": port} if placement.launcher in {"openmpi", "mpich"} else {}
         unset += ["CUDA_VISIBLE_DEVICES"] if is_local and placement.cuda_devices else []
-    travels = travelling({**environ, **env}) if placement.hosts else {}
+    travels = {**travelling({**environ, **env}), **meeting} if placement.hosts else {}
     return Command(
         tuple(argv),
         env,
@@ -197,7 +201,7 @@ def _program(name: str) -> str:
 def _deepspeed_options(placement: Placement, environ: Mapping[str, str]) -> list[str]:
     if not placement.hosts:
         quiet = ["--log_level", "error"]  # it warns of each run without a hostfile
-        return [*_local_devices(placement, environ), "--master_port", str(free_port()), *quiet]
+        return [*_local_devices(placement, environ), *quiet]
     assert placement.hostfile is not None
     options = ["--hostfile", placement.hostfile]
     if placement.ranks_per_host is not None:

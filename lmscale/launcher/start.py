@@ -13,7 +13,7 @@ from lmscale.config.io import show
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Command
 from lmscale.launcher.relay import Relay
-from lmscale.launcher.remote import prepare
+from lmscale.launcher.remote import Addresses, prepare
 from lmscale.launcher.status import RUN_ID, STATUS_ADDRESS, STATUS_BY_FILE
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
@@ -41,8 +41,8 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
     with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
         if relay is not None:
-            here = prepare(command.hosts, resolved_config_path(plan))
-            environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir, f"{here}:{relay.port}"))
+            addresses = prepare(command.hosts, resolved_config_path(plan))
+            environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir, addresses, relay.port))
         return supervise(
             command.argv,
             environ,
@@ -88,7 +88,7 @@ def _relay(plan: LaunchPlan, command: Command, status_dir: Path) -> contextlib.A
     return Relay(status_dir, command.env[RUN_ID], plan.num_ranks)
 
 
-def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
+def _write_travelling(command: Command, status_dir: Path, addresses: Addresses, port: int) -> Path:
     """Write the file of variables that DeepSpeed exports on the other hosts, with what the user's own files name.
 
     DeepSpeed's launcher passes on a few prefixes of its own choosing (NCCL, PYTHON, UCX, ...) and what this file holds.
@@ -96,7 +96,7 @@ def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
     variables: dict[str, str] = {}
     for directory in (Path.home(), Path.cwd()):
         variables |= _read_env_file(directory / os.environ.get("DS_ENV_FILE", _DEEPSPEED_ENV))
-    ours = {STATUS_ADDRESS: address, STATUS_BY_FILE: "1"}
+    ours = {STATUS_ADDRESS: f"{addresses.here}:{port}", STATUS_BY_FILE: "1", "MASTER_ADDR": addresses.first}
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
     lines = (

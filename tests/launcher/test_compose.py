@@ -101,6 +101,7 @@ def test_several_hosts(tmp_path, launcher, backend):
     assert "--num_gpus" not in command.argv
     assert not command.is_local
     assert command.travels["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert command.travels.get("MASTER_PORT") == (None if backend == "pdsh" else after(command.argv, "--master_port"))
     assert {"DS_ACCELERATOR", "OMP_NUM_THREADS", "LMSCALE_RUN_ID"} <= set(command.travels)
     assert {"HF_TOKEN", "WANDB_API_KEY", "EDITOR"} & set(command.travels) == set()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmscale.launcher import remote
-from lmscale.launcher.remote import HostError, answers, prepare, sweep
+from lmscale.launcher.remote import Addresses, HostError, answers, prepare, sweep
 from lmscale.launcher.status import RUN_ID
 
 SSH = """#!/bin/sh
@@ -42,7 +42,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_every_host_gets_the_config_and_the_address_is_what_it_sees(ssh, config):
-    assert prepare(["one", "two"], config) == "10.0.0.7"
+    assert prepare(["one", "two"], config) == Addresses("10.0.0.7", "10.0.0.8")
     assert config.read_text() == "model: {$x: '`y`'}\n"
     assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
 
