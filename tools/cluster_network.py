@@ -228,13 +228,13 @@ class Cluster:
 
     def lose(self, name: str, percent: int) -> None:
         """Drop a share of the packets that come to a host, at random."""
-        if not 0 < percent <= 100:
-            raise ClusterError(f"{percent} %: must be 1 to 100")
+        if not 0 < percent < 100:
+            raise ClusterError(f"{percent} %: must be 1 to 99; cut takes all")
         host = self._living(name)
         _in_network(host.init, "nft", "delete", "table", "inet", "lossy", check=False)
         _in_network(host.init, "nft", "add", "table", "inet", "lossy")
         _in_network(host.init, "nft", "add chain inet lossy input { type filter hook input priority 0; }")
-        drop = f"numgen random mod 100 < {percent} drop"
+        drop = f"numgen random mod 100 < {percent} counter drop"
         _in_network(host.init, "nft", f"add rule inet lossy input iifname eth0 {drop}")
 
     def _describe(self, name: str, address: str, shared: Sequence[Path], private: Sequence[Path]) -> None:
@@ -249,7 +249,23 @@ class Cluster:
         home = self.directory / "hosts" / name
         argv = [sys.executable, str(Path(__file__).with_name("cluster_host.py")), str(home / "host.json")]
         init, stdin = _start_process(argv, home / "host.log", "--net", "--uts", "--mount", "--ipc", "--mount-proc")
-        veth = ("ip", "link", "add", "eth0", "netns", str(init.pid), "type", "veth", "peer", "name", name)
+        # The address of the card stays when a host is started again, as that of a real one.
+        card = "02:00:" + ":".join(f"{int(byte):02x}" for byte in address.split("."))
+        veth = (
+            "ip",
+            "link",
+            "add",
+            "eth0",
+            "address",
+            card,
+            "netns",
+            str(init.pid),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            name,
+        )
         _run([*veth, "netns", str(self._switch.pid)])
         _in_network(self._switch, "ip", "link", "set", name, "master", "switch", "up")
         os.write(stdin, b"\n")

@@ -42,9 +42,7 @@ def train(
     ] = None,
     master_port: Annotated[
         int | None,
-        typer.Option(
-            help="The port there. Left out: 29500, one of the job's under Slurm, a free one on a single host."
-        ),
+        typer.Option(help="The port there. Left out: a free one, one of the job's under Slurm, 29500 with --nnodes."),
     ] = None,
     deepspeed_config: Annotated[
         str | None,

@@ -29,7 +29,7 @@ __all__ = ["Command", "Launcher", "Nodes", "Placement", "compose", "module_of", 
 
 PRETRAIN, FINETUNE = "lmscale.pretrain", "lmscale.finetune"
 _PORT = 29500
-"""Where ranks of several hosts meet, as with DeepSpeed and torchrun; whether it is free there, the preflight asks."""
+"""Where the parts of a torchrun meet that each host starts by itself: the same on each, as torchrun has it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], e
     """Compose for the hosts of a hostfile."""
     first = placement.hosts[0].name
     address = placement.master_addr or rendezvous_address(first, is_alone=len(placement.hosts) == 1)
-    meeting = many_hosts.Meeting(address, placement.master_port or _PORT)
+    meeting = many_hosts.Meeting(address, placement.master_port or free_port())
     asked = user_exports(environ)
     env["PYTHONPATH"] = remote_python_path(environ)
     unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", STATUS_DIR, *sorted(filter(is_secret, environ)))

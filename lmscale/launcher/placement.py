@@ -198,7 +198,7 @@ def _nodes(
 def _check_meeting(
     name: Launcher, hosts: tuple[Host, ...], nodes: Nodes | None, address: str | None, port: int | None
 ) -> None:
-    """Check the address and the port at which the ranks meet; a port of another host is checked by the preflight."""
+    """Check the address and the port at which the ranks meet; a port of another host is checked at the start."""
     if address is not None and not hosts and nodes is None and name != "slurm":
         remedy = "drop it, or name the hosts"
         raise ConfigError("is for several hosts", field="--master-addr", value=address, remedy=remedy)

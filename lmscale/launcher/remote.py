@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,17 @@ def answers(host: str) -> bool:
     return done is not None and done.returncode == 0
 
 
-def prepare(hosts: Sequence[str], config_file: Path) -> str:
+@dataclass(frozen=True)
+class Addresses:
+    """Where the hosts of a run find each other."""
+
+    here: str
+    """Of this host, as the first of the others sees it."""
+    first: str
+    """Of the first host, where rank 0 is."""
+
+
+def prepare(hosts: Sequence[str], config_file: Path) -> Addresses:
     """Check that every host can take ranks, and write the config there: hosts need not share its directory.
 
     A host must be reachable by ssh without a password, have this Python at the same path, and the same versions.
@@ -45,16 +56,15 @@ def prepare(hosts: Sequence[str], config_file: Path) -> str:
         hosts: by name.
         config_file: absolute; on this host it is there.
 
-    Returns:
-        The address of this host, as the first of the others sees it.
-
     Raises:
         HostError: naming the first host that cannot, and why.
     """
     text = config_file.read_text()
-    here = _versions()
-    found = on_all(hosts, lambda host: _prepare(host, config_file, text, here))
-    return next((address for address in found if not address.startswith(("127.", "::1"))), found[0])
+    ours = _versions()
+    found = on_all(hosts, lambda host: _prepare(host, config_file, text, ours))
+    here = next((seen.here for seen in found if not _is_loopback(seen.here)), found[0].here)
+    # A name that leads this host to itself may lead the others elsewhere.
+    return Addresses(here, here if _is_loopback(found[0].first) else found[0].first)
 
 
 def sweep(hosts: Sequence[str], run_id: str) -> None:
@@ -70,13 +80,13 @@ def on_all(hosts: Sequence[str], ask: Callable[[str], Found]) -> list[Found]:
         return list(pool.map(ask, hosts))
 
 
-def _prepare(host: str, config_file: Path, text: str, here: str) -> str:
+def _prepare(host: str, config_file: Path, text: str, ours: str) -> Addresses:
     directory, final = shlex.quote(str(config_file.parent)), shlex.quote(str(config_file))
     python, program = shlex.quote(sys.executable), shlex.quote(_version_program())
     # The config lies beside its final place first: hosts that share the directory all write it.
     script = (
-        f"set -e; echo address=${{SSH_CONNECTION%% *}}; "
-        f"mkdir -p {directory}; part={final}.$(hostname).$$; cat > $part; mv $part {final}; {python} -c {program}"
+        f'set -e; echo "$SSH_CONNECTION"; '
+        f'mkdir -p {directory}; part={final}.$(hostname).$$; cat > "$part"; mv "$part" {final}; {python} -c {program}'
     )
     done = _ssh(host, script, text, _PREPARE_S)
     if done is None:
@@ -90,11 +100,16 @@ def _prepare(host: str, config_file: Path, text: str, here: str) -> str:
         raise _wrong(host, f"has no {sys.executable}", "install lmscale at the same path on every host")
     if done.returncode:
         raise _wrong(host, f"cannot take the run: {_last(done.stderr)}")
-    address, *versions = done.stdout.splitlines()[-2:]
-    there = versions[0] if versions else ""
-    if there != here:
-        raise _wrong(host, f"has {_difference(there, here)}", "install the same versions on every host")
-    return address.removeprefix("address=")
+    # Before them there may be what the host's shell says to everyone.
+    connection, theirs = done.stdout.splitlines()[-2:]
+    if theirs != ours:
+        raise _wrong(host, f"has {_difference(theirs, ours)}", "install the same versions on every host")
+    here, _, first, _ = connection.split()
+    return Addresses(here, first)
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def _wrong(host: str, rule: str, remedy: str | None = None) -> HostError:

@@ -43,7 +43,7 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
     with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
         if relay is not None:
-            here = prepare(command.hosts, resolved_config_path(plan))
+            here = prepare(command.hosts, resolved_config_path(plan)).here
             if command.meets_at is not None:
                 check_port(*command.meets_at)
             # The launchers that take values from their own environment find it there, and DeepSpeed's in the file.

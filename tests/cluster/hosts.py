@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,41 @@ TIMEOUT_S = 300.0
 ZERO1: Keys = {"zero_optimization": {"stage": 1}}
 
 
+@dataclass(frozen=True)
+class Running:
+    """A command that was started on a host."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text()
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end, and return its status and output."""
+        self.process.wait(timeout=TIMEOUT_S)
+        return self.process.returncode, self.output
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the command itself, below the program that took it to the host."""
+        pid = self.process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(child), number)
+
+    def wait_for(self, text: str, seconds: float = TIMEOUT_S) -> None:
+        """Wait until it has written something."""
+        until(lambda: text in self.output or self.process.poll() is not None, seconds)
+        assert text in self.output, self.output
+
+    def kill(self) -> None:
+        """End it if it has not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
 class Hosts:
     """A cluster during a test.
 
@@ -45,30 +81,27 @@ class Hosts:
         self.corpus = str(root / "tokens")
         self.shared, self.own = root / name, Path("/tmp") / name
         self.shared.mkdir()
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[Running] = []
 
-    def start(self, name: str, *argv: str, **environ: str) -> subprocess.Popen[str]:
-        """Start a command on a host, in a session of its own, its output as one stream."""
+    def start(self, name: str, *argv: str, **environ: str) -> Running:
+        """Start a command on a host, in a session of its own."""
+        log = self.shared / f"output-{len(self._started)}.log"
         command = self.cluster.command(name, argv, self.shared)
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**ENVIRONMENT, **environ},
-            start_new_session=True,
-        )
-        self._started.append(process)
-        return process
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**ENVIRONMENT, **environ},
+                start_new_session=True,
+            )
+        self._started.append(Running(process, log))
+        return self._started[-1]
 
     def run(self, name: str, *argv: str, **environ: str) -> tuple[int, str]:
         """Run a command on a host and return its status and output."""
-        return self.end(self.start(name, *argv, **environ))
-
-    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        """Wait for a command's end."""
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, output
+        return self.start(name, *argv, **environ).end()
 
     def hostfile(self, *lines: str) -> str:
         """Write a hostfile: names with one slot each, or whole lines."""
@@ -83,7 +116,7 @@ class Hosts:
         path.write_text(json.dumps(keys))  # YAML reads JSON
         return keys, str(path)
 
-    def train(self, config: str, hostfile: str, *options: str, **environ: str) -> subprocess.Popen[str]:
+    def train(self, config: str, hostfile: str, *options: str, **environ: str) -> Running:
         """Start `lmscale train` on the first host."""
         return self.start("host-1", "lmscale", "train", config, "--hostfile", hostfile, *options, **environ)
 
@@ -109,11 +142,8 @@ class Hosts:
 
     def restore(self) -> None:
         """End what a failed test has left, and bring all hosts and links back."""
-        for process in self._started:
-            with contextlib.suppress(ProcessLookupError):
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+        for running in self._started:
+            running.kill()
         for name, host in list(self.cluster.hosts.items()):
             if not host.init.is_alive:
                 self.cluster.boot(name)

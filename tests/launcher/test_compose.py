@@ -96,7 +96,7 @@ def test_several_hosts_by_deepspeed(tmp_path, launcher):
     command = command_for(tmp_path, place(launcher, None, path, CPU))
     assert after(command.argv, "--hostfile") == path
     assert after(command.argv, "--launcher") == "pdsh"
-    assert (after(command.argv, "--master_addr"), after(command.argv, "--master_port")) == ("a", "29500")
+    assert after(command.argv, "--master_addr") == "a"
     assert "--num_gpus" not in command.argv
     assert not command.is_local
 

@@ -110,7 +110,8 @@ def test_openmpi_takes_values_from_its_environment(tmp_path):
     names = {command.argv[number + 1] for number, word in enumerate(command.argv) if word == "-x"}
     assert names == {*command.travels, "LMSCALE_STATUS_ADDRESS"}
     assert not any("=" in name for name in names)
-    assert (command.env["MASTER_ADDR"], command.env["MASTER_PORT"]) == ("a", "29500")
+    assert command.env["MASTER_ADDR"] == "a"
+    assert command.travels["MASTER_PORT"] == command.env["MASTER_PORT"]
     assert command.argv[-5:-1] == ("-u", "-m", "lmscale.pretrain", "--config")
 
 
