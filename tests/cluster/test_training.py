@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,10 +51,13 @@ def test_hosts_that_share_nothing_have_the_losses_of_one_process(
         assert list(checkpoint.glob("rank-*.safetensors")), name
 
 
-def test_openmpi_has_the_losses_of_one_process(hosts: Hosts, expected: list[float]) -> None:
-    _, config = hosts.write(hosts.own / "run")
+@pytest.mark.parametrize("launcher", ["openmpi", "mpich", "torchrun"])
+def test_another_launcher_has_the_losses_of_one_process(hosts: Hosts, expected: list[float], launcher: str) -> None:
+    if launcher == "mpich" and shutil.which("mpiexec.hydra") is None:
+        pytest.skip("needs mpiexec.hydra, of Debian's mpich")
+    _, config = hosts.write(hosts.own / "run", data__shared_filesystem=False)
     may_be_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    running = hosts.train(config, hosts.hostfile("host-1", "host-2"), "--launcher", "openmpi", **may_be_root)
+    running = hosts.train(config, hosts.hostfile("host-1", "host-2"), "--launcher", launcher, **may_be_root)
     status, output = running.end()
     assert status == 0, output
     assert largest_difference(losses_on(hosts, hosts.own / "run"), expected) < TOLERANCE
@@ -104,3 +109,16 @@ def test_the_quick_starts_run_trains_on_two_hosts_by_the_script_for_several(host
     assert [record["step"] for record in found] == [1, 2, 3]
     assert json.loads((hosts.path("host-1", hosts.own / "run") / "manifest.json").read_text())["layout"]["dp_size"] == 2
     assert not hosts.left()
+
+
+def test_doctor_finds_two_hosts_ready_and_names_one_whose_link_is_cut(hosts: Hosts, cluster: Any) -> None:
+    corpus = Path(json.loads((cluster.directory / "hosts/host-1/host.json").read_text())["shared"][0]) / "tokens"
+    ask = ["lmscale", "doctor", "--hostfile", hosts.hostfile("host-1", "host-2"), "--data", str(corpus)]
+    status, output = hosts.run("host-1", *ask)
+    assert status == 0, output
+    assert "all hosts: all-reduce: " in output
+    cluster.cut("host-2")
+    status, output = hosts.run("host-1", *ask)
+    assert status == 1
+    assert "host-2: ssh: " in output
+    assert "host-1: ssh: " not in output
