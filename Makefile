@@ -4,12 +4,13 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint bench docs
+.PHONY: help venv quickstart test test-all test-cluster lint bench docs
 
 help:
 	@echo "make quickstart   real text -> tokenizer -> tokens -> a GPT on 2 ranks -> held-out loss -> a sample (6 minutes)"
 	@echo "make test         the test suite (20 minutes on 2 cores)"
 	@echo "make test-all     the slow tests too"
+	@echo "make test-cluster several hosts on this machine, by the real launchers (10 minutes; needs root, docs/cluster.md)"
 	@echo "make lint         ruff, mypy, import layers"
 	@echo "make bench        speed and memory, as ratios measured in one run"
 	@echo "make docs         rewrite the generated tables in docs/"
@@ -26,6 +27,9 @@ test: venv
 
 test-all: venv
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not cluster"
+
+test-cluster: venv
+	$(BIN)/pytest -m cluster tests/cluster tests/tools/test_cluster.py
 
 lint: venv
 	$(BIN)/ruff check .

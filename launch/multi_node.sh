@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Train on the hosts of a hostfile, by DeepSpeed's launcher over pdsh and ssh. Run it on the first host.
 #
-#   launch/multi_node.sh HOSTFILE RUN.yaml [key=value ...]
+#   launch/multi_node.sh HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]
 #
-# On each host, at the same paths: the Python environment, the corpora, output_dir. Packages: pdsh, openssh-server.
-# pdsh hands arguments to a remote shell: keep brackets and dollar signs out of key=value, or put them in RUN.yaml.
+# Needs, on this host, pdsh and openssh-client; on every host openssh-server, ssh without a password, and at the same
+# paths the Python environment, the corpora and output_dir. `lmscale doctor --hostfile HOSTFILE` looks at all of that.
 #
-# Of the environment, DeepSpeed passes on NCCL*, PYTHON*, UCX* and what ~/.deepspeed_env or ./.deepspeed_env name, one
-# NAME=value to a line. Where hosts have several networks, name the interface there:
-#   GLOO_SOCKET_IFNAME=eth0
-#   NCCL_SOCKET_IFNAME=eth0
-# To stop and save, make the file output_dir/STOP.
+# These variables travel from here to every host: NCCL_*, GLOO_*, UCX_*, FI_*, PYTHON*, PYTORCH_*, OMP_NUM_THREADS and
+# what ~/.deepspeed_env or ./.deepspeed_env name, one NAME=value to a line. Where hosts have several networks, name the
+# interface: GLOO_SOCKET_IFNAME=eth0, NCCL_SOCKET_IFNAME=eth0. What looks like a secret by its name (*TOKEN*,
+# *PASSWORD*, *API_KEY* and the like) never travels: it would stand on command lines. Keep it in a file on each host.
+#
+# --dry-run prints what runs on each host. TERM and Ctrl-C, or the file output_dir/STOP, save and stop.
 set -euo pipefail
 
-hostfile=${1:?usage: $0 HOSTFILE RUN.yaml [key=value ...]}
-run=${2:?usage: $0 HOSTFILE RUN.yaml [key=value ...]}
+hostfile=${1:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
+run=${2:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
 shift 2
-exec deepspeed --hostfile "$hostfile" --force_multi --module lmscale.pretrain --config "$run" "$@"
+exec lmscale train "$run" --launcher pdsh --hostfile "$hostfile" "$@"

@@ -22,8 +22,9 @@ from lmscale.config.run import RunConfig, ZeroChoice
 from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.feed.counts import count_tokens
 from lmscale.feed.loader import Batch, HeldOut, build_train_loader, build_valid_loaders
+from lmscale.feed.same_data import check_same_corpora
 from lmscale.launcher.environment import adopt_rank
-from lmscale.launcher.status import RUN_ID, STARTED_AT, STATUS_DIR, end_hung, register, run_rank, tell
+from lmscale.launcher.status import RUN_ID, STARTED_AT, end_hung, is_supervised, register, run_rank, tell
 from lmscale.launcher.validate import LaunchPlan, check_output_dir, validate_run
 from lmscale.log import get_logger, log_file, setup_logging
 from lmscale.models.build import build_model, model_specs
@@ -99,6 +100,7 @@ def pretrain(config: RunConfig, *, pipeline: bool | None = None) -> int:
 def corpus_work(config: RunConfig, engine: Engine, progress: Progress) -> Work:
     """Train on the run's corpora, and measure the loss of those that are held out."""
     topology = engine.topology
+    check_same_corpora(config)
     return Work(
         loader=functools.partial(build_train_loader, config, topology.dp_rank, topology.dp_size),
         held_out=build_valid_loaders(config, topology.dp_rank, topology.dp_size),
@@ -182,7 +184,7 @@ def _train_run(
             reopen_writers=functools.partial(reopen_writers, config, writers, topology.device),
         )
         # The supervisor tells of a failure itself, once it knows that nothing is started again.
-        with contextlib.nullcontext() if STATUS_DIR in os.environ else alerting(run):
+        with contextlib.nullcontext() if is_supervised() else alerting(run):
             was_stopped = train(run)
         if not was_stopped:
             work.finish(run)

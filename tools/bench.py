@@ -111,7 +111,7 @@ def machine() -> list[str]:
 
 def main() -> int:
     """Measure, print, write the page."""
-    parts = ("step", "ranks", "memory", "wait", "adaptation", "checkpoints", *SCRIPTS, "start", "gpu")
+    parts = ("step", "ranks", "memory", "wait", "adaptation", "checkpoints", *SCRIPTS, "start", "cluster", "gpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="measure these, and write nothing")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a race, in which all take turns")
@@ -119,8 +119,10 @@ def main() -> int:
     warnings.simplefilter("ignore")  # of the libraries that are measured
     import bench_adaptation
     import bench_checkpoint
+    import bench_cluster
     import bench_train
     import torch
+    from cluster_network import missing_for_a_cluster
 
     from lmscale.parallel.device import multiplies_slowly
 
@@ -134,6 +136,9 @@ def main() -> int:
         "checkpoints": bench_checkpoint.checkpoints,
         "start": start,
     }
+    lacking = missing_for_a_cluster()
+    if lacking is None:
+        measured["cluster"] = bench_cluster.two_hosts
     if torch.cuda.is_available():
         measured["gpu"] = lambda: bench_train.gpu(options.seconds / 4)
     for line in machine():
@@ -152,6 +157,9 @@ def main() -> int:
             for sheet in measured[part]():
                 console.print(sheet.rich())
                 sections.append(sheet.markdown())
+        elif part == "cluster":
+            console.print(f"cluster: not measured, it {lacking}")
+            sections.append(f"## Two hosts\n\nNot measured: a cluster of namespaces {lacking}.\n")
         else:
             sections.append(
                 "## GPU\n\nNot measured: no CUDA device was at hand. `make bench` measures it where one is.\n"

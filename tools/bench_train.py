@@ -151,25 +151,30 @@ def two_ranks(seconds: float) -> Iterator[Sheet]:
     yield sheet
 
 
+def write_tokens(prefix: Path) -> None:
+    """Write a corpus of random tokens for the small model."""
+    tokens = np.random.default_rng(1).integers(0, SMALL.vocab_size, (WAIT_DOCUMENTS, SEQ_LENGTH))
+    with CorpusWriter(prefix, dtype_for(SMALL.vocab_size)) as writer:
+        writer.append(tokens.astype(np.uint16).tobytes(), np.full(WAIT_DOCUMENTS, SEQ_LENGTH, np.int32))
+        writer.finish(
+            lambda idx_sha256, size: Manifest(
+                tokenizer_hash="none",
+                vocab_size=SMALL.vocab_size,
+                eos_id=None,
+                documents=WAIT_DOCUMENTS,
+                tokens=tokens.size,
+                skipped={},
+                idx_sha256=idx_sha256,
+                bin_bytes=size,
+            )
+        )
+
+
 def data_wait() -> Iterator[Sheet]:
     """Train a run of the small model as `lmscale train` does, one loader worker, and read how long it waits for data."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        tokens = np.random.default_rng(1).integers(0, SMALL.vocab_size, (WAIT_DOCUMENTS, SEQ_LENGTH))
-        with CorpusWriter(directory / "tokens", dtype_for(SMALL.vocab_size)) as writer:
-            writer.append(tokens.astype(np.uint16).tobytes(), np.full(WAIT_DOCUMENTS, SEQ_LENGTH, np.int32))
-            writer.finish(
-                lambda idx_sha256, size: Manifest(
-                    tokenizer_hash="none",
-                    vocab_size=SMALL.vocab_size,
-                    eos_id=None,
-                    documents=WAIT_DOCUMENTS,
-                    tokens=tokens.size,
-                    skipped={},
-                    idx_sha256=idx_sha256,
-                    bin_bytes=size,
-                )
-            )
+        write_tokens(directory / "tokens")
         keys = {
             "model": SMALL.model_dump(mode="json"),
             "data": {"train": [{"prefix": str(directory / "tokens")}], "seq_length": SEQ_LENGTH, "num_workers": 1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from lmscale.config.io import documentation, load_run, show
 from lmscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmscale.launcher.compose import Placement
+    from lmscale.launcher.compose import Command, Placement
     from lmscale.launcher.validate import LaunchPlan
 
 
@@ -30,13 +31,28 @@ def train(
     launcher: Annotated[
         str | None, typer.Option(help="deepspeed, pdsh, openmpi, mpich, slurm or torchrun. Left out: deepspeed.")
     ] = None,
+    nnodes: Annotated[
+        str | None,
+        typer.Option(help="With torchrun, started on each host by itself: the number of hosts, or a range MIN:MAX."),
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(help="With --nnodes N: the number of this host, from 0.")] = None,
+    master_addr: Annotated[
+        str | None,
+        typer.Option(help="With several hosts: where the ranks meet. Left out: the hostfile's first host."),
+    ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(help="The port there. Left out: a free one, one of the job's under Slurm, 29500 with --nnodes."),
+    ] = None,
     deepspeed_config: Annotated[
         str | None,
         typer.Option("--deepspeed_config", "--deepspeed-config", help="DeepSpeed JSON, in the place of the config's."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything, print the command and the resolved config, start nothing."),
+        typer.Option(
+            "--dry-run", help="Check the run, print what would run on each host and the resolved config, start nothing."
+        ),
     ] = False,
     device_type: Annotated[
         str | None,
@@ -71,28 +87,49 @@ def train(
     if run is None:
         raise ConfigError("is missing", field="RUN.yaml", remedy="see lmscale train --help")
     from lmscale.launcher.compose import compose, place
-    from lmscale.launcher.restarts import check_policy, keep_running
-    from lmscale.launcher.start import resolved_config_path
+    from lmscale.launcher.restarts import check_policy, check_sizes, keep_running
+    from lmscale.launcher.start import join, resolved_config_path
     from lmscale.launcher.validate import validate_run
 
     config = load_run(run, overrides or ())
     if deepspeed_config is not None:
         config = config.model_copy(update={"deepspeed": deepspeed_config})
-    placement = place(launcher, devices, hostfile)
+    placement = place(
+        launcher,
+        devices,
+        hostfile,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        max_restarts=max_restarts,
+    )
     policy = check_policy(max_restarts, elastic, min_devices, placement)
+    check_sizes(config, placement)
     plan = validate_run(config, placement.num_ranks)
     command = compose(plan, placement, resolved_config_path(plan))
+    _warn_of_secrets(command)
     if device_type is not None and not dry_run:
         raise ConfigError("is read with --dry-run only", field="--device-type", value=device_type)
     if dry_run:
-        typer.echo(command.show())
+        typer.echo("\n".join(filter(None, [command.show(), command.show_hosts()])))
         _print_memory(plan, placement, device_type)
         typer.echo(show(plan.config), nl=False)
         return 0
+    if command.is_part:
+        join(plan, command)
     outcome = keep_running(plan, placement, policy)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")
     return outcome.status
+
+
+def _warn_of_secrets(command: Command) -> None:
+    if command.withheld:
+        sys.stderr.write(
+            f"warning: not passed on to other hosts, though .deepspeed_env names it: {', '.join(command.withheld)}; it looks "
+            "like a secret, and would stand on command lines: keep it in a file that only you can read there\n"
+        )
 
 
 def _print_memory(plan: LaunchPlan, placement: Placement, type_name: str | None) -> None:
@@ -117,11 +154,26 @@ def doctor(
     layouts: Annotated[
         bool, typer.Option("--layouts", help="Show which layouts can be trained, and nothing else.")
     ] = False,
+    hostfile: Annotated[
+        Path | None, typer.Option(help='Look at these hosts instead, and at all together: "NAME slots=RANKS" lines.')
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="With --hostfile: a corpus, PREFIX.bin and .idx, that all must see alike; give several."),
+    ] = None,
 ) -> int:
-    """Show what this machine has and lacks for training; exit with 1 where training needs something that is missing."""
+    """Show what this machine has and lacks for training; exit with 1 where training needs something that is missing.
+
+    With --hostfile every host is asked over ssh: versions, code, disk, shared memory, clock, network interfaces, corpora;
+    then an all-reduce goes over all of them. Variables that name interfaces travel as in a run.
+    """
     if layouts:
         _print_layouts()
         return 0
+    if hostfile is not None:
+        return _examine_hosts(hostfile, data or [])
+    if data:
+        raise ConfigError("is read with --hostfile only", field="--data", value=data[0])
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -138,6 +190,35 @@ def doctor(
             is_ready = is_ready and finding.state != "missing"
     console.print(table)
     return 0 if is_ready else 1
+
+
+def _examine_hosts(hostfile: Path, prefixes: list[str]) -> int:
+    """Print a row for each host, and then what is wrong, by host."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lmscale.launcher.hosts import read_hostfile
+    from lmscale.launcher.preflight import examine_hosts
+
+    hosts = read_hostfile(hostfile)
+    console = Console()
+    with console.status("asking the hosts"):
+        found = examine_hosts(hosts, prefixes)
+    names = list(dict.fromkeys(finding.name for each in found.hosts for finding in each.findings))
+    table = Table("host", *names)
+    marks = {"ok": "[green]ok[/]", "missing": "[red]wrong[/]", "note": "[yellow]note[/]"}
+    for each in found.hosts:
+        states = {finding.name: marks[finding.state] for finding in each.findings}
+        table.add_row(each.host, *(states.get(name, "") for name in names))
+    console.print(table)
+    lines = [(each.host, finding) for each in found.hosts for finding in each.findings if finding.state != "ok"]
+    for host, finding in [*lines, ("all hosts", found.all_reduce)]:
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        line = f"{host}: {finding.name}: {finding.value}{remedy}"
+        console.print(
+            line, style=None if finding.state != "missing" else "red", markup=False, highlight=False, soft_wrap=True
+        )
+    return 0 if found.is_ready else 1
 
 
 def _print_layouts() -> None:

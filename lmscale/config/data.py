@@ -69,6 +69,9 @@ class DataConfig(Section):
     reset_attention_mask: bool = False
     """Isolate packed documents: attention stays inside a document, positions restart, and the first token of the next
     document is not a label."""
+    shared_filesystem: bool = True
+    """All hosts see the same files; false: each has copies of its own at the same paths, which are compared by content
+    before the first step. Nothing is built from them on disk."""
     num_workers: int = Field(1, ge=0)
     """Processes that prepare batches ahead of the step; 0 prepares them in the training process."""
 

@@ -45,7 +45,8 @@ def device_capacity(placement: Placement, type_name: str | None = None) -> Capac
     if placement.hosts or placement.launcher == "slurm":
         return None
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Capacity("this host's share", total / placement.num_ranks, is_cpu=True)
+    here = placement.num_ranks if placement.nodes is None else placement.num_ranks // placement.nodes.most
+    return Capacity("this host's share", total / here, is_cpu=True)
 
 
 def _first_gpu() -> Capacity | None:

@@ -1,51 +1,35 @@
 """The command line that starts the ranks, for each launcher; the one place that knows it.
 
 The ranks get a single resolved config file and no overrides: pdsh hands brackets and dollar signs to the remote shell.
+Where ranks run on several hosts, `Command.on_hosts` says what the launcher starts on each (many_hosts.py), and
+`Command.travels` with which variables. Names that look like secrets are taken out of the launcher's environment, so that
+no launcher passes them on.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from lmscale.config.run import RunConfig
-from lmscale.config.validation import nearest
 from lmscale.errors import ConfigError
-from lmscale.launcher.environment import free_port, threads_for, travelling, visible_devices
-from lmscale.launcher.hosts import Host, read_hostfile
-from lmscale.launcher.status import RUN_ID, STARTED_AT
+from lmscale.launcher import many_hosts
+from lmscale.launcher.environment import free_port, is_secret, threads_for, travelling, user_exports
+from lmscale.launcher.placement import Launcher, Nodes, Placement, place
+from lmscale.launcher.shell import HostCommand, remote_python_path, rendezvous_address
+from lmscale.launcher.status import RUN_ID, STARTED_AT, STATUS_ADDRESS, STATUS_BY_FILE, STATUS_DIR
 from lmscale.launcher.validate import LaunchPlan
 
-Launcher = Literal["deepspeed", "pdsh", "openmpi", "mpich", "slurm", "torchrun"]
+__all__ = ["Command", "Launcher", "Nodes", "Placement", "compose", "module_of", "place"]
+
 PRETRAIN, FINETUNE = "lmscale.pretrain", "lmscale.finetune"
-_SRUN_WAIT_S = 60
-"""srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
-
-_NEEDS = {"pdsh": ("pdsh", "pdsh"), "openmpi": ("mpirun", "openmpi-bin"), "mpich": ("mpirun", "mpich")}
-_NEEDS |= {"slurm": ("srun", "slurm-client")}
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the ranks go."""
-
-    launcher: Launcher = "deepspeed"
-    hostfile: str | None = None
-    hosts: tuple[Host, ...] = ()
-    """From the hostfile; empty for this host alone, and under Slurm, which knows."""
-    ranks_per_host: int | None = None
-    """None takes the hostfile's slots."""
-    num_ranks: int = 1
-    """On all hosts together."""
-    cuda_devices: tuple[str, ...] = ()
-    """Of this host; empty where there are none."""
+_PORT = 29500
+"""Where the parts of a torchrun meet that each host starts by itself: the same on each, as torchrun has it."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +42,23 @@ class Command:
     unset: tuple[str, ...]
     """Taken out of it."""
     travels: Mapping[str, str]
-    """What DeepSpeed exports on the other hosts; empty on one host."""
+    """What ranks on other hosts get of it; empty on one host."""
     is_local: bool
     """All ranks are processes of this host, below the launcher."""
     passes_signals: bool = False
     """The launcher hands signals to its ranks by itself."""
+    on_hosts: tuple[HostCommand, ...] = ()
+    """What the launcher starts on each of several hosts."""
+    withheld: tuple[str, ...] = ()
+    """Names that the user's .deepspeed_env asks to pass on, and that look like secrets."""
+    meets_at: tuple[str, int] | None = None
+    """The host of the hostfile, and the port there, at which the ranks meet."""
+    reads_env_file: bool = False
+    """The launcher takes what travels from the file that DS_ENV_FILE names."""
+    is_part: bool = False
+    """The ranks of this host alone, of a run that each host joins by itself."""
+    hosts: tuple[str, ...] = ()
+    """Of the hostfile."""
 
     def show(self) -> str:
         """Render as a line for a shell."""
@@ -70,67 +66,16 @@ class Command:
         words = ["env", *unset] if unset else []
         return " ".join([*words, *(f"{name}={shlex.quote(v)}" for name, v in self.env.items()), shlex.join(self.argv)])
 
-
-def place(
-    launcher: str | None, devices: int | None, hostfile: str | None, environ: Mapping[str, str] = os.environ
-) -> Placement:
-    """Work out how many ranks run where.
-
-    Args:
-        launcher: as on the command line; None is DeepSpeed's own.
-        devices: ranks of each host; None takes the hostfile's slots, or this host's CUDA devices, or 1.
-        hostfile: None for this host alone.
-        environ: to look for devices in.
-
-    Raises:
-        ConfigError: if the launcher is unknown, is not installed, or cannot serve the hosts.
-    """
-    name = _check_launcher(launcher or "deepspeed")
-    cuda_devices = tuple(visible_devices(environ) or ())
-    hosts = tuple(read_hostfile(hostfile)) if hostfile is not None else ()
-    _check_hosts(name, hosts, devices)
-    if devices is not None and devices < 1:
-        raise ConfigError("must be at least 1", field="--devices", value=devices)
-    if hosts:
-        num_ranks = sum(host.slots if devices is None else devices for host in hosts)
-    elif name == "slurm" and devices is None:
-        num_ranks = int(environ.get("SLURM_NTASKS", "1"))
-    else:
-        num_ranks = devices or len(cuda_devices) or 1
-    if not hosts and cuda_devices and num_ranks > len(cuda_devices) and name != "slurm":
-        raise ConfigError(
-            f"this host has {len(cuda_devices)} CUDA devices",
-            field="--devices",
-            value=num_ranks,
-            remedy="use fewer, or DS_ACCELERATOR=cpu",
-        )
-    return Placement(name, hostfile, hosts, devices, num_ranks, cuda_devices)
-
-
-def _check_launcher(name: str) -> Launcher:
-    known: dict[str, Launcher] = {launcher: launcher for launcher in get_args(Launcher)}
-    if name not in known:
-        raise ConfigError("is no launcher", field="--launcher", value=name, remedy=nearest(name, known))
-    program, package = _NEEDS.get(name, (None, ""))
-    if program is not None and shutil.which(program) is None:
-        remedy = f"install it, on Debian: apt-get install {package}"
-        raise ConfigError(f"needs {program}, which is not on the PATH", field="--launcher", value=name, remedy=remedy)
-    return known[name]
-
-
-def _check_hosts(name: Launcher, hosts: tuple[Host, ...], devices: int | None) -> None:
-    if name in {"pdsh", "openmpi", "mpich"} and not hosts:
-        raise ConfigError(
-            "starts ranks on the hosts of a hostfile", field="--launcher", value=name, remedy="give --hostfile"
-        )
-    if name in {"slurm", "torchrun"} and hosts:
-        remedy = "Slurm knows its hosts" if name == "slurm" else "run torchrun on each host"
-        raise ConfigError(
-            "does not read a hostfile", field="--launcher", value=name, remedy=f"drop --hostfile: {remedy}"
-        )
-    if name in {"openmpi", "mpich"} and devices is not None:
-        remedy = "drop --devices, or edit the hostfile"
-        raise ConfigError("takes the number of ranks from the slots", field="--launcher", value=name, remedy=remedy)
+    def show_hosts(self) -> str:
+        """Render what runs on each of several hosts, as comments of a shell; empty for one host."""
+        names = sorted(self.travels)
+        environ = [f"#   {name}={shlex.quote(self.travels[name])}" for name in names]
+        environ += [f"#   {STATUS_ADDRESS}=(where this command listens, known at the start)"] if self.hosts else []
+        lines = []
+        for each in self.on_hosts:
+            count = "" if each.num_ranks is None else f", {each.num_ranks} rank{'s' * (each.num_ranks != 1)}"
+            lines += [f"# on {each.host}{count}, with", *environ, f"#   {each.line}"]
+        return "\n".join(lines)
 
 
 def compose(
@@ -148,8 +93,9 @@ def compose(
         ConfigError: if the launcher cannot address the devices.
     """
     assert plan.num_ranks == placement.num_ranks
-    is_local = not placement.hosts and placement.launcher != "slurm"
-    busiest = max((placement.ranks_per_host or host.slots for host in placement.hosts), default=placement.num_ranks)
+    busiest = max(map(placement.slots, placement.hosts), default=placement.num_ranks)
+    if placement.nodes is not None:
+        busiest = placement.num_ranks // placement.nodes.most
     env = {RUN_ID: uuid.uuid4().hex}
     if STARTED_AT in environ:
         env[STARTED_AT] = environ[STARTED_AT]
@@ -158,19 +104,30 @@ def compose(
     if "OMP_NUM_THREADS" not in environ:
         env["OMP_NUM_THREADS"] = str(threads_for(busiest))
     rank_argv = ["--module", module_of(plan.config), "--config", str(config_file)]
+    if placement.hosts:
+        return _on_hosts(placement, rank_argv, env, environ)
+    if placement.launcher == "slurm":
+        return _in_slurm(placement, rank_argv, env, environ)
     # A rank's identity left over from an outer launch would make the launcher itself look like a rank.
     unset = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    if placement.nodes is not None:
+        argv = [_program("torchrun"), *many_hosts.node_options(placement, _PORT), *rank_argv]
+        nodes = placement.nodes
+        where = "each host" if nodes.rank is None else f"host {nodes.rank} of {nodes.most}"
+        here = HostCommand(where, busiest, shlex.join(argv))
+        travels = travelling({**environ, **env})
+        # A supervisor of an outer launch cannot hear the ranks of all hosts.
+        unset += [STATUS_DIR, STATUS_ADDRESS, STATUS_BY_FILE]
+        return Command(tuple(argv), env, tuple(unset), travels, is_local=False, on_hosts=(here,), is_part=True)
+    port = str(placement.master_port or free_port())
     if placement.launcher == "torchrun":
-        port = f"--master_port={free_port()}"
-        argv = [_program("torchrun"), f"--nproc_per_node={placement.num_ranks}", port, *rank_argv]
-    elif placement.launcher == "slurm":
-        argv, more = _srun(placement, rank_argv, environ)
-        env |= more
+        argv = [_program("torchrun"), f"--nproc_per_node={placement.num_ranks}", f"--master_port={port}", *rank_argv]
     else:
-        argv = [_program("deepspeed"), *_deepspeed_options(placement, environ), *rank_argv]
-        unset += ["CUDA_VISIBLE_DEVICES"] if is_local and placement.cuda_devices else []
-    travels = travelling({**environ, **env}) if placement.hosts else {}
-    return Command(tuple(argv), env, tuple(unset), travels, is_local, passes_signals=placement.launcher == "slurm")
+        # It warns of each run without a hostfile.
+        options = [*_local_devices(placement, environ), "--master_port", port, "--log_level", "error"]
+        argv = [_program("deepspeed"), *options, *rank_argv]
+        unset += ["CUDA_VISIBLE_DEVICES"] if placement.cuda_devices else []
+    return Command(tuple(argv), env, tuple(unset), {}, is_local=True)
 
 
 def module_of(config: RunConfig) -> str:
@@ -178,23 +135,54 @@ def module_of(config: RunConfig) -> str:
     return PRETRAIN if config.adapt is None and config.task is None else FINETUNE
 
 
+def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], environ: Mapping[str, str]) -> Command:
+    """Compose for the hosts of a hostfile."""
+    first = placement.hosts[0].name
+    address = placement.master_addr or rendezvous_address(first, is_alone=len(placement.hosts) == 1)
+    meeting = many_hosts.Meeting(address, placement.master_port or free_port())
+    asked = user_exports(environ)
+    env["PYTHONPATH"] = remote_python_path(environ)
+    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", STATUS_DIR, *sorted(filter(is_secret, environ)))
+    inherited = {name: value for name, value in environ.items() if name not in unset}
+    travels = travelling(inherited) | env | {name: value for name, value in asked.items() if not is_secret(name)}
+    travels[STATUS_BY_FILE] = "1"
+    build = {"openmpi": many_hosts.openmpi, "mpich": many_hosts.mpich, "torchrun": many_hosts.torchrun_over_ssh}
+    reads_env_file = placement.launcher not in build
+    if reads_env_file:
+        travels = many_hosts.deepspeed_exports(inherited) | travels
+        argv, on_hosts = many_hosts.deepspeed(_program("deepspeed"), placement, rank_argv, meeting)
+        del env["PYTHONPATH"]  # DeepSpeed puts the working directory before it, once more
+    else:
+        travels |= meeting.environ
+        argv, on_hosts = build[placement.launcher](placement, rank_argv, meeting, [*travels, STATUS_ADDRESS])
+        env |= travels  # where these launchers look for the values
+    return Command(
+        tuple(argv),
+        env,
+        unset,
+        travels,
+        is_local=False,
+        hosts=tuple(host.name for host in placement.hosts),
+        on_hosts=tuple(on_hosts),
+        withheld=tuple(sorted(filter(is_secret, asked))),
+        meets_at=(first, meeting.port),
+        reads_env_file=reads_env_file,
+    )
+
+
+def _in_slurm(placement: Placement, rank_argv: list[str], env: dict[str, str], environ: Mapping[str, str]) -> Command:
+    """Compose for the hosts of Slurm's allocation, which get the whole environment but for secrets."""
+    env |= many_hosts.slurm_meeting(placement, environ)
+    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *sorted(filter(is_secret, environ)))
+    argv, on_hosts = many_hosts.slurm(placement, rank_argv, environ)
+    travels = travelling(environ) | env
+    return Command(tuple(argv), env, unset, travels, False, passes_signals=True, on_hosts=tuple(on_hosts))
+
+
 def _program(name: str) -> str:
     """Prefer the script beside our own Python: the console command works without an activated environment."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else name
-
-
-def _deepspeed_options(placement: Placement, environ: Mapping[str, str]) -> list[str]:
-    if not placement.hosts:
-        quiet = ["--log_level", "error"]  # it warns of each run without a hostfile
-        return [*_local_devices(placement, environ), "--master_port", str(free_port()), *quiet]
-    assert placement.hostfile is not None
-    options = ["--hostfile", placement.hostfile]
-    if placement.ranks_per_host is not None:
-        options += ["--num_gpus", str(placement.ranks_per_host)]
-    backend = "pdsh" if placement.launcher == "deepspeed" else placement.launcher
-    # With a single host in the file DeepSpeed would start the ranks here, whatever the host's name.
-    return [*options, "--launcher", backend, "--force_multi"]
 
 
 def _local_devices(placement: Placement, environ: Mapping[str, str]) -> list[str]:
@@ -213,24 +201,3 @@ def _local_devices(placement: Placement, environ: Mapping[str, str]) -> list[str
             remedy="use numbers, or --launcher torchrun",
         )
     return ["--include", f"localhost:{','.join(chosen)}"]
-
-
-def _srun(placement: Placement, rank_argv: list[str], environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Start the ranks by srun itself: DeepSpeed's Slurm backend drops --module."""
-    argv = [
-        "srun",
-        f"--ntasks={placement.num_ranks}",
-        "--kill-on-bad-exit=0",
-        f"--wait={_SRUN_WAIT_S}",
-        "--export=ALL",
-        sys.executable,
-        "-u",
-        "-m",
-    ]
-    env = {}
-    if "MASTER_ADDR" not in environ:
-        # The batch script runs on the first host of the allocation, where rank 0 is.
-        env["MASTER_ADDR"] = environ.get("SLURMD_NODENAME") or os.uname().nodename
-    if "MASTER_PORT" not in environ:
-        env["MASTER_PORT"] = str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)
-    return [*argv, *rank_argv[1:]], env

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,21 +11,10 @@ from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Placement
 from lmscale.launcher.hosts import Host
+from lmscale.launcher.remote import answers, on_all
 
 HOSTFILE = "hostfile.elastic"
 """Under the run's directory: the hosts that a restart goes on with."""
-_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
-_SSH_S = 15.0
-_AT_ONCE = 32
-
-
-def answers(host: str) -> bool:
-    """Tell whether a host takes commands by ssh."""
-    try:
-        done = subprocess.run([*_SSH, host, "true"], capture_output=True, timeout=_SSH_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
 
 
 def largest_legal(config: RunConfig, most: int, least: int = 1) -> int | None:
@@ -77,8 +64,7 @@ def shrink(
 def _without_hosts(
     config: RunConfig, placement: Placement, min_devices: int, is_up: Callable[[str], bool]
 ) -> Placement | None:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        up = list(pool.map(is_up, [host.name for host in placement.hosts]))
+    up = on_all([host.name for host in placement.hosts], is_up)
     if all(up):
         return placement
     hosts = [

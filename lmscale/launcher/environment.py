@@ -19,7 +19,11 @@ _TRAVELS = re.compile(
     r"^(NCCL_|GLOO_|UCX_|FI_|OMP_NUM_THREADS$|DS_ACCELERATOR$|LMSCALE_|TORCH_EXTENSIONS_DIR$|TORCH_NCCL_|TRITON_CACHE_DIR$"
     r"|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_WORKSPACE_CONFIG$|TOKENIZERS_PARALLELISM$|HF_HOME$|HF_HUB_OFFLINE$|PYTORCH_)"
 )
-_SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY", re.IGNORECASE)
+_SECRET = re.compile(
+    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|JWT", re.IGNORECASE
+)
+_ENV_FILE = ".deepspeed_env"
+"""DeepSpeed's name of the user's file of variables for the other hosts, in the home and in the working directory."""
 
 
 def adopt_rank(environ: MutableMapping[str, str] = os.environ) -> None:
@@ -35,9 +39,30 @@ def adopt_rank(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
+def is_secret(name: str) -> bool:
+    """Tell whether a variable's name looks like that of a secret: its value goes to no other host, and is never shown."""
+    return _SECRET.search(name) is not None
+
+
 def travelling(environ: Mapping[str, str]) -> dict[str, str]:
     """Select what ranks on other hosts need of an environment: communication, devices, caches; never a secret."""
-    return {name: value for name, value in environ.items() if _TRAVELS.match(name) and not _SECRET.search(name)}
+    return {name: value for name, value in environ.items() if _TRAVELS.match(name) and not is_secret(name)}
+
+
+def user_exports(environ: Mapping[str, str]) -> dict[str, str]:
+    """Read what the user's files .deepspeed_env name for the other hosts, one NAME=value to a line; secrets too.
+
+    The working directory's file outweighs the one in the home directory. DS_ENV_FILE gives another name, as for DeepSpeed.
+    """
+    variables: dict[str, str] = {}
+    for directory in (Path.home(), Path.cwd()):
+        try:
+            lines = (directory / environ.get("DS_ENV_FILE", _ENV_FILE)).read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        pairs = (line.partition("=") for line in lines)
+        variables |= {name.strip(): value.strip() for name, equals, value in pairs if equals}
+    return variables
 
 
 def visible_devices(environ: Mapping[str, str], device_directory: Path = Path("/dev")) -> list[str] | None:
@@ -65,3 +90,15 @@ def free_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
+
+
+def is_free_port(port: int) -> bool:
+    """Tell whether a TCP port of this host can be listened on."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        # A port whose last connections are still fading away can be had, as the ranks' store has it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +131,7 @@ def verdict(beats: Mapping[int, Beat], silent: tuple[int, ...] = ()) -> tuple[tu
         others = {number: beat for number, beat in beats.items() if number not in silent}
         return (
             silent,
-            f"rank {_names(silent)} of {len(beats)} does not answer, and told last of {_where(beats, silent)}"
+            f"{_who(silent, beats)} does not answer, and told last of {_where(beats, silent)}"
             + (f"; the others are in {_where(others)}" if others else ""),
         )
     places = Counter((beat.step, beat.phase) for beat in beats.values())
@@ -148,7 +148,7 @@ def verdict(beats: Mapping[int, Beat], silent: tuple[int, ...] = ()) -> tuple[tu
     others = {number: beat for number, beat in beats.items() if number not in apart}
     return (
         apart,
-        f"rank {_names(apart)} of {len(beats)} {how}, in {_where(beats, apart)}; the others are in {_where(others)}",
+        f"{_who(apart, beats)} {how}, in {_where(beats, apart)}; the others are in {_where(others)}",
     )
 
 
@@ -173,7 +173,14 @@ def _where(beats: Mapping[int, Beat], numbers: tuple[int, ...] | None = None) ->
     return place + (f" (and {len(more)} other places)" if more else "")
 
 
-def _names(numbers: tuple[int, ...] | list[int]) -> str:
+def _who(numbers: tuple[int, ...], beats: Mapping[int, Beat]) -> str:
+    """Name ranks, and their hosts where there are several."""
+    hosts = dict.fromkeys(beats[number].host for number in numbers)
+    where = f" on {_names(list(hosts))}" if len({beat.host for beat in beats.values()}) > 1 else ""
+    return f"rank {_names(numbers)} of {len(beats)}{where}"
+
+
+def _names(numbers: Sequence[int | str]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 

@@ -10,21 +10,24 @@ from pathlib import Path
 
 from lmscale.launcher.status import RUN_ID
 
+_RANKS = (b"RANK=", b"OMPI_COMM_WORLD_RANK=", b"PMI_RANK=")
+"""Of Slurm's tasks SLURM_PROCID would tell, but a batch script has it too; srun passes signals on by itself."""
 
-def marked(run_id: str) -> dict[int, bool]:
+
+def marked(mark: str, variable: str = RUN_ID) -> dict[int, bool]:
     """Find the living processes of a launch: for each id, whether it belongs to a rank (or is the launcher's).
 
     Zombies have no environment any more and do not count.
     """
-    mark = f"{RUN_ID}={run_id}".encode()
+    wanted = f"{variable}={mark}".encode()
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             variables = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if mark in variables:
-            found[int(path.name)] = any(variable.startswith(b"RANK=") for variable in variables)
+        if wanted in variables:
+            found[int(path.name)] = any(each.startswith(_RANKS) for each in variables)
     return found
 
 

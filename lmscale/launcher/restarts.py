@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from lmscale.config.check import dp_size_of
 from lmscale.config.checkpoint_paths import list_checkpoints
 from lmscale.config.run import RunConfig
 from lmscale.errors import EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.launcher.compose import Placement, compose
 from lmscale.launcher.elastic import shrink
+from lmscale.launcher.remote import HostError
 from lmscale.launcher.start import resolved_config_path, start
 from lmscale.launcher.status import STARTED_AT
 from lmscale.launcher.supervise import Outcome
@@ -54,6 +56,9 @@ def check_policy(max_restarts: int, elastic: bool, min_devices: int | None, plac
         raise ConfigError("must not be negative", field="--max-restarts", value=max_restarts)
     if elastic and not max_restarts:
         raise ConfigError("is for restarts", field="--elastic", remedy="add --max-restarts")
+    if elastic and placement.nodes is not None:
+        remedy = "drop --elastic; --nnodes MIN:MAX lets hosts come and go"
+        raise ConfigError("is for ranks that lmscale train starts again", field="--elastic", remedy=remedy)
     if elastic and placement.launcher == "slurm":
         remedy = "drop --elastic; Slurm requeues a job whose node is gone"
         raise ConfigError("cannot leave out a node of Slurm's", field="--elastic", remedy=remedy)
@@ -64,6 +69,24 @@ def check_policy(max_restarts: int, elastic: bool, min_devices: int | None, plac
             f"must be between 1 and the {placement.num_ranks} ranks", field="--min-devices", value=min_devices
         )
     return RestartPolicy(max_restarts, elastic, min_devices or 1)
+
+
+def check_sizes(config: RunConfig, placement: Placement) -> None:
+    """Check that a run can go on with every number of hosts that an elastic torchrun may be left with.
+
+    Raises:
+        ConfigError: naming the first that does not give the layout or divide the batch.
+    """
+    nodes = placement.nodes
+    if nodes is None or not nodes.is_elastic:
+        return
+    each = placement.num_ranks // nodes.most
+    for count in range(nodes.least, nodes.most + 1):
+        try:
+            dp_size_of(config, count * each)
+        except ConfigError as error:
+            value = f"{nodes.least}:{nodes.most}"
+            raise ConfigError(f"with {count} hosts of {each} ranks, {error}", field="--nnodes", value=value) from None
 
 
 def keep_running(
@@ -91,7 +114,12 @@ def keep_running(
     used = 0
     while True:
         before = _newest(config)
-        outcome = launch(plan, placement)
+        try:
+            outcome = launch(plan, placement)
+        except HostError as error:
+            if not used:
+                raise
+            outcome = Outcome(EXIT_FAILURE, str(error))  # a host that comes back may take the next start
         if outcome.status == EXIT_HANG:
             _alert(config, "hang", outcome)
         if _newest(config) != before:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from lmscale.config.io import show
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import Command
-from lmscale.launcher.status import RUN_ID, STATUS_BY_FILE, STATUS_DIR
+from lmscale.launcher.relay import Relay
+from lmscale.launcher.remote import prepare
+from lmscale.launcher.shell import check_port
+from lmscale.launcher.status import RUN_ID, STATUS_ADDRESS
 from lmscale.launcher.supervise import Outcome, supervise
 from lmscale.launcher.validate import LaunchPlan
 from lmscale.monitor.atomic import replaced
 
 RESOLVED_CONFIG = "config.resolved.yaml"
 STOP_FILE = "STOP"
-_DEEPSPEED_ENV = ".deepspeed_env"
 
 
 def resolved_config_path(plan: LaunchPlan) -> Path:
@@ -32,13 +36,20 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
 
     Raises:
         ConfigError: if the run's directory cannot be made or written.
+        HostError: if a host of the hostfile cannot take its ranks.
     """
     output_dir = Path(plan.config.output_dir).absolute()
     _write_config(plan)
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
-    with _status_dir(output_dir, command) as status_dir:
-        if command.travels:
-            environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir))
+    with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
+        if relay is not None:
+            here = prepare(command.hosts, resolved_config_path(plan)).here
+            if command.meets_at is not None:
+                check_port(*command.meets_at)
+            # The launchers that take values from their own environment find it there, and DeepSpeed's in the file.
+            environ[STATUS_ADDRESS] = f"{here}:{relay.port}"
+            if command.reads_env_file:
+                environ["DS_ENV_FILE"] = str(_write_travelling(command, status_dir, environ[STATUS_ADDRESS]))
         return supervise(
             command.argv,
             environ,
@@ -48,7 +59,26 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             stop_file=output_dir / STOP_FILE,
             launcher_passes_signals=command.passes_signals,
             logs=output_dir / "logs",
+            relay=relay,
+            hosts=command.hosts,
         )
+
+
+def join(plan: LaunchPlan, command: Command) -> NoReturn:
+    """Become the launcher of this host's part of a run that other hosts join by themselves.
+
+    Nobody supervises all of its ranks, so this process does not stay: signals, restarts and the status are torchrun's.
+
+    Raises:
+        ConfigError: if the run's directory cannot be made or written, or the launcher is not there.
+    """
+    _write_config(plan)
+    environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
+    sys.stdout.flush()
+    try:
+        os.execvpe(command.argv[0], list(command.argv), environ)
+    except OSError as error:
+        raise ConfigError(f"cannot be started: {error.strerror}", field=command.argv[0]) from None
 
 
 def _write_config(plan: LaunchPlan) -> None:
@@ -64,8 +94,8 @@ def _write_config(plan: LaunchPlan) -> None:
 
 @contextlib.contextmanager
 def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
-    """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it."""
-    if command.is_local:
+    """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it themselves."""
+    if command.is_local or command.hosts:
         path = Path(tempfile.mkdtemp(prefix="lmscale-"))
     else:
         path = output_dir / f".status-{command.env[RUN_ID]}"
@@ -76,27 +106,16 @@ def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_travelling(command: Command, status_dir: Path) -> Path:
-    """Write the file of variables that DeepSpeed exports on the other hosts, with what the user's own files name.
+def _relay(plan: LaunchPlan, command: Command, status_dir: Path) -> contextlib.AbstractContextManager[Relay | None]:
+    if not command.hosts:
+        return contextlib.nullcontext()
+    return Relay(status_dir, command.env[RUN_ID], plan.num_ranks)
 
-    DeepSpeed's launcher passes on a few prefixes of its own choosing (NCCL, PYTHON, UCX, ...) and what this file holds.
-    """
-    variables: dict[str, str] = {}
-    for directory in (Path.home(), Path.cwd()):
-        variables |= _read_env_file(directory / os.environ.get("DS_ENV_FILE", _DEEPSPEED_ENV))
-    ours = {STATUS_DIR: str(status_dir), STATUS_BY_FILE: "0"}
+
+def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
+    """Write the file of variables that DeepSpeed exports on the other hosts."""
+    variables = {**command.travels, STATUS_ADDRESS: address}
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
-    lines = (
-        f"{name}={value}\n" for name, value in {**command.travels, **variables, **ours}.items() if "\n" not in value
-    )
-    path.write_text("".join(lines))
+    path.write_text("".join(f"{name}={value}\n" for name, value in variables.items() if "\n" not in value))
     return path
-
-
-def _read_env_file(path: Path) -> Mapping[str, str]:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return {}
-    return {name.strip(): value.strip() for name, equals, value in (line.partition("=") for line in lines) if equals}

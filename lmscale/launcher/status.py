@@ -1,5 +1,7 @@
 """What a rank and its supervisor tell each other, through small files in a directory named by the environment.
 
+Ranks on the hosts of a hostfile send the same by a connection (lmscale.launcher.link), and the supervisor writes the files.
+
 A rank registers (its process id, once it handles signals), tells from time to time where it is, and, when it ends,
 reports its exit status and error line.
 DeepSpeed's launcher cannot carry this: it returns the status of whichever rank failed first, and 1 for its own signals.
@@ -8,6 +10,7 @@ Without a supervisor, under the bare `deepspeed` or `torchrun`, nothing is writt
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -25,20 +28,27 @@ from lmscale.errors import (
     EXIT_INTERRUPTED_AND_SAVED,
     HangError,
     LmscaleError,
+    RunError,
 )
+from lmscale.launcher.link import Link
 from lmscale.log import get_logger
 from lmscale.train.pulse import Beat
 
 STATUS_DIR = "LMSCALE_STATUS_DIR"
 """Environment: the directory of these files; absent without a supervisor."""
+STATUS_ADDRESS = "LMSCALE_STATUS_ADDRESS"
+"""Environment: where the supervisor listens, as HOST:PORT, for ranks that cannot be sure to see its files."""
 RUN_ID = "LMSCALE_RUN_ID"
 """Environment: marks every process of one launch, so that none is left behind."""
 STATUS_BY_FILE = "LMSCALE_STATUS_BY_FILE"
-"""Environment: "1" where the supervisor sees every report (all ranks on its host). A rank then ends with 0 after 2, 75
+"""Environment: "1" where the supervisor sees every report. A rank then ends with 0 after 2, 75
 or 77, because DeepSpeed's launcher kills the other ranks as soon as one returns anything else, mid-save included."""
 
 STARTED_AT = "LMSCALE_STARTED_AT"
 """Environment: seconds since the epoch when `lmscale train` began, before restarts; absent without it."""
+
+KINDS = ("pid", "status", "beat")
+"""Of what a rank tells: that it is up, how it ended, where it is."""
 
 _PATIENCE_S = 1.0
 _HANG_PATIENCE_S = 2.0
@@ -68,6 +78,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_supervised() -> bool:
+    """Tell whether there is a supervisor, which tells the user how the run ended."""
+    return STATUS_DIR in os.environ or STATUS_ADDRESS in os.environ
+
+
 def register() -> None:
     """Tell the supervisor that this rank handles signals from now on; without a supervisor, do nothing."""
     _write("pid", f"{os.getpid()}\n{socket.gethostname()}")
@@ -83,6 +98,8 @@ def report(status: int, error: str = "") -> int:
     Returns:
         The status that the process should exit with.
     """
+    if _link is not None:
+        _link.close()
     recorded = _write("status", f"{status}\n{error}")
     told = {EXIT_BAD_INPUT, EXIT_INTERRUPTED_AND_SAVED, EXIT_BUDGET}
     return 0 if recorded and status in told and os.environ.get(STATUS_BY_FILE) == "1" else status
@@ -117,6 +134,7 @@ def run_rank(body: Callable[[], int]) -> int:
         The status that the process should exit with: `sys.exit(run_rank(main))`.
     """
     try:
+        _connect()
         return report(body())
     except LmscaleError as error:
         _say(error)
@@ -157,9 +175,9 @@ def read_beats(directory: Path) -> dict[int, Beat]:
 
 
 def _say(error: LmscaleError) -> None:
-    if STATUS_DIR in os.environ:
+    if is_supervised() and not isinstance(error, _Unsupervised):
         return
-    if rank() == 0:
+    if rank() == 0 or isinstance(error, _Unsupervised):
         sys.stderr.write(f"error: {error}\n")
         return
     get_logger(__name__).error("error: %s", error)
@@ -167,11 +185,45 @@ def _say(error: LmscaleError) -> None:
     time.sleep(_PATIENCE_S)
 
 
+class _Unsupervised(RunError):
+    """There should be a supervisor, and it cannot be reached."""
+
+
+_link: Link | None = None
+
+
+def _connect() -> None:
+    """Connect to the supervisor where it listens; the connection lasts as long as this process."""
+    global _link
+    address = os.environ.get(STATUS_ADDRESS)
+    if address is None or _link is not None:
+        return
+    try:
+        _link = Link(address, os.environ[RUN_ID], rank(), _end_alone)
+    except OSError as error:
+        remedy = "let the hosts of a run reach each other by TCP"
+        raise _Unsupervised(f"cannot reach lmscale train at {address}: {error}", remedy=remedy) from None
+
+
+def _end_alone(reason: str) -> None:
+    """End this process, from the connection's thread: nobody is left who could."""
+    line = f"error: rank {rank()} on {socket.gethostname()} has lost lmscale train at {os.environ[STATUS_ADDRESS]}: {reason}"
+    with contextlib.suppress(OSError):
+        get_logger(__name__).error("%s", line.removeprefix("error: "))
+        sys.stderr.write(line + "\n")
+    os._exit(EXIT_FAILURE)
+
+
 def _write(kind: str, text: str) -> bool:
+    if _link is not None:
+        return _link.send(kind, text)
     directory = os.environ.get(STATUS_DIR)
-    if directory is None:
-        return False
-    path = Path(directory) / f"rank-{rank():05d}.{kind}"
+    return directory is not None and put(Path(directory), rank(), kind, text)
+
+
+def put(directory: Path, number: int, kind: str, text: str) -> bool:
+    """Write what a rank tells; a reader sees all of it or what was there before."""
+    path = directory / f"rank-{number:05d}.{kind}"
     partial = path.with_suffix(f".{kind}.partial")
     try:
         partial.write_text(text)

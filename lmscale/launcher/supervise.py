@@ -20,7 +20,10 @@ from types import FrameType
 
 from lmscale.errors import EXIT_BAD_INPUT, EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTED_AND_SAVED
 from lmscale.launcher.hang import Hang, HangWatch
+from lmscale.launcher.link import SILENCE_S
 from lmscale.launcher.processes import marked, ranks_of, send
+from lmscale.launcher.relay import Relay
+from lmscale.launcher.remote import sweep
 from lmscale.launcher.status import (
     RUN_ID,
     STATUS_BY_FILE,
@@ -69,11 +72,14 @@ def supervise(
     launcher_passes_signals: bool = False,
     logs: Path | None = None,
     grace_s: float = _GRACE_S,
+    relay: Relay | None = None,
+    hosts: Sequence[str] = (),
 ) -> Outcome:
     """Run a launcher until all of its ranks are gone.
 
-    TERM, INT, USR1 and HUP (as TERM: a closed terminal) go to the ranks of this host. A second INT kills everything.
-    Where all ranks run on other hosts, TERM and INT make the stop file instead.
+    TERM, INT, USR1 and HUP (as TERM: a closed terminal) go to the ranks of this host, and through the relay to those of all
+    hosts. A second INT kills everything. Without a relay, where all ranks run on other hosts, TERM and INT make the stop
+    file instead.
 
     Args:
         argv: the launcher's command line.
@@ -85,13 +91,25 @@ def supervise(
         launcher_passes_signals: the launcher hands signals to the ranks by itself, as srun does.
         logs: the run's directory of logs, for the stacks of ranks that hang.
         grace_s: seconds that the other ranks get when one has failed.
+        relay: listens to ranks of other hosts.
+        hosts: on which no process may be left, by name.
 
     Returns:
         The ranks' status, as `outcome_of` derives it, or that of a hang.
     """
-    extra = {STATUS_DIR: str(status_dir), STATUS_BY_FILE: "1" if is_local else "0"}
+    hears_all = is_local or relay is not None
+    extra = {STATUS_DIR: str(status_dir), STATUS_BY_FILE: "1" if hears_all else "0"}
     supervisor = _Supervisor(
-        {**environ, **extra}, status_dir, num_ranks, is_local, stop_file, launcher_passes_signals, logs, grace_s
+        {**environ, **extra},
+        status_dir,
+        num_ranks,
+        hears_all,
+        stop_file,
+        launcher_passes_signals,
+        logs,
+        grace_s,
+        relay,
+        hosts,
     )
     return supervisor.run(list(argv))
 
@@ -162,6 +180,8 @@ class _Supervisor:
         launcher_passes_signals: bool,
         logs: Path | None,
         grace_s: float,
+        relay: Relay | None,
+        hosts: Sequence[str],
     ):
         self._environ, self._run_id = environ, environ[RUN_ID]
         self._status_dir, self._num_ranks, self._is_local = status_dir, num_ranks, is_local
@@ -173,12 +193,14 @@ class _Supervisor:
         self._watched_at = 0.0
         self._hangs = HangWatch(status_dir, logs)
         self._is_asked_to_end = False
+        self._relay, self._hosts = relay, hosts
+        self._is_given_up = False
 
     def run(self, argv: list[str]) -> Outcome:
         with self._handling_signals():
             launcher = subprocess.Popen(argv, env=self._environ, stdin=subprocess.DEVNULL, start_new_session=True)
             try:
-                while not self._is_over(launcher):
+                while not self._is_over(launcher) and not self._is_given_up:
                     if self._interrupts > 1:
                         return Outcome(EXIT_FAILURE, "interrupted twice: killed, without a save", is_final=True)
                     self._deliver(launcher)
@@ -190,7 +212,19 @@ class _Supervisor:
                 self._kill(launcher)
         status = EXIT_FAILURE if launcher.returncode is None or launcher.returncode < 0 else launcher.returncode
         reports = read_reports(self._status_dir)
-        return self._marked(outcome_of(reports, self._num_ranks, status, self._is_local, self._lost))
+        outcome = outcome_of(reports, self._num_ranks, status, self._is_local, self._lost)
+        return self._marked(self._naming_hosts(outcome) if outcome.lost else outcome)
+
+    def _naming_hosts(self, outcome: Outcome) -> Outcome:
+        """Say on which hosts ranks were lost; where a host does not answer, that is all that can be said."""
+        gone = self._relay.lost() if self._relay is not None else {}
+        silent = [number for number in outcome.lost if number in gone and gone[number].is_silent]
+        names = ", ".join(dict.fromkeys(gone[number].host for number in silent or outcome.lost if number in gone))
+        if silent:
+            ranks = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+            what = f"hang: {names} has not answered for {SILENCE_S} s, the host or its link is down"
+            return replace(outcome, status=EXIT_HANG, error=f"{what}: rank {ranks} of {self._num_ranks}")
+        return replace(outcome, error=f"{outcome.error}, on {names}") if names else outcome
 
     def _marked(self, outcome: Outcome) -> Outcome:
         return replace(outcome, is_final=self._is_asked_to_end, step=self._hangs.step)
@@ -211,7 +245,9 @@ class _Supervisor:
 
     def _is_over(self, launcher: subprocess.Popen[bytes]) -> bool:
         """Ask for the ranks too: a launcher that is killed from outside leaves ranks that go on to their end."""
-        return launcher.poll() is not None and not ranks_of(self._run_id)
+        if launcher.poll() is None or ranks_of(self._run_id):
+            return False
+        return self._relay is None or not self._relay.num_connected
 
     def _deliver(self, launcher: subprocess.Popen[bytes]) -> None:
         """Pass signals on once every rank handles them; an earlier one would end a rank and strand the others."""
@@ -223,7 +259,9 @@ class _Supervisor:
         if not is_up and self._is_local:
             return
         for number in self._pending:
-            if self._launcher_passes_signals:
+            if self._relay is not None:
+                self._relay.signal(number)
+            elif self._launcher_passes_signals:
                 launcher.send_signal(number)
             elif is_up and here:
                 # The ranks agree on what to do, so that it is enough to tell some of them.
@@ -248,9 +286,12 @@ class _Supervisor:
             return None if self._failed_at else self._hangs.poll()
         if now - self._failed_at > (min(self._grace_s, _DEAD_GRACE_S) if self._lost else self._grace_s):
             send(ranks_of(self._run_id), signal.SIGKILL)
+            self._is_given_up = bool(self._hosts)  # their launcher may wait for a host that is gone
         return None
 
     def _find_lost(self, reports: Mapping[int, Report]) -> tuple[int, ...]:
+        if self._relay is not None:
+            return tuple(self._relay.lost())
         host = socket.gethostname()
         waited = {
             number: entry.pid
@@ -263,7 +304,7 @@ class _Supervisor:
         return tuple(number for number in dead if number not in ended)
 
     def _kill(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Leave no process behind, on this host at once, on others by the launcher's own means."""
+        """Leave no process behind, on this host and on those of the hostfile; on others by the launcher's own means."""
         if not self._is_local and launcher.poll() is None:
             launcher.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -276,6 +317,10 @@ class _Supervisor:
             time.sleep(_POLL_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(_LAUNCHER_GRACE_S)
+        if self._hosts and len(read_reports(self._status_dir)) < self._num_ranks:
+            gone = self._relay.lost().values() if self._relay is not None else ()
+            silent = {rank.host for rank in gone if rank.is_silent}
+            sweep([host for host in self._hosts if host not in silent], self._run_id)
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_ranks_that_all_wait_at_the_same_place_are_not_blamed():
 
 def test_silence_weighs_more_than_places():
     assert verdict({0: beat(4), 1: beat(5)}, silent=(1,))[0] == (1,)
+
+
+def test_where_there_are_several_hosts_that_of_the_missing_rank_is_named():
+    beats = {0: beat(5), 1: replace(beat(4), host="there"), 2: beat(5)}
+    assert verdict(beats)[1].startswith("rank 1 of 3 on there is behind, in step 4")
+    assert verdict(beats, silent=(1,))[1].startswith("rank 1 of 3 on there does not answer")
 
 
 def test_a_beat_is_read_as_it_was_written():

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Train on the hosts of a hostfile, started by MPICH's mpiexec (Hydra). Run it on the first host.
+#
+#   launch/mpich.sh HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]
+#
+# MPI only starts the processes: ranks talk by NCCL or gloo, and no Python package for MPI is needed.
+# Needs mpich on every host, and what launch/multi_node.sh needs but pdsh.
+#
+# The same variables travel as by launch/multi_node.sh, by -genvlist: NCCL_*, GLOO_* and so on, never a secret. (Left to
+# itself, Hydra passes on the whole environment.)
+set -euo pipefail
+
+hostfile=${1:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
+run=${2:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
+shift 2
+exec lmscale train "$run" --launcher mpich --hostfile "$hostfile" "$@"

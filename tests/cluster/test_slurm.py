@@ -1,0 +1,110 @@
+"""launch/slurm.sbatch under a real Slurm of one node: the signal before the time limit, the requeue, the resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cluster.slurm import Slurm, eventually, missing_for_slurm
+from tests.distributed.runs import run_keys, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTED_S, SIGNALLED_S, REQUEUED_S = 120.0, 240.0, 240.0
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    lacking = missing_for_slurm()
+    if lacking is not None:
+        pytest.skip(f"Slurm {lacking}")
+    made = Slurm()
+    made.up()
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+def environ() -> dict[str, str]:
+    """Return what a user has who has activated the environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    secret = {"WANDB_API_KEY": "hush", "DS_ACCELERATOR": "cpu"}
+    return {"PATH": path, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **secret}
+
+
+def write_run(directory: Path, **changes: object) -> Path:
+    import yaml
+
+    write_corpus(directory / "tokens", np.random.default_rng(7), num_tokens=20_000)
+    path = directory / "run.yaml"
+    path.write_text(yaml.safe_dump(run_keys(str(directory / "tokens"), directory / "run", **changes)))
+    return path
+
+
+def submit(slurm: Slurm, directory: Path, *options: str) -> tuple[str, Path]:
+    """Submit the script with a small run of two tasks."""
+    log = directory / "job.log"
+    here = ["--parsable", f"--chdir={directory}", f"--output={log}", "--ntasks-per-node=2", "--gpus-per-node=0"]
+    done = slurm.run("sbatch", *here, *options, environ=environ())
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), log
+
+
+def steps(directory: Path) -> list[int]:
+    path = directory / "run" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def end_of(log: Path) -> str:
+    """Return the last lines of a job's log, for a message."""
+    return log.read_text()[-3000:] if log.exists() else f"no {log}"
+
+
+def test_a_job_is_saved_before_its_limit_and_goes_on_from_there(slurm: Slurm, tmp_path: Path) -> None:
+    run = write_run(tmp_path, train__train_tokens=10**9, train__log_interval=10)
+    script = str(ROOT / "launch" / "slurm.sbatch")
+    # Slurm looks at limits twice a minute: TERM comes 90 to 120 seconds after the start, which ranks need to get up.
+    job, log = submit(slurm, tmp_path, "--time=00:03:00", "--signal=TERM@60", script, str(run))
+    assert eventually(lambda: len(steps(tmp_path)) > 1, STARTED_S), end_of(log)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert eventually(latest.exists, SIGNALLED_S), end_of(log)
+    saved = int(re.search(r"\d+$", latest.read_text().strip())[0])
+    assert eventually(lambda: slurm.state(job) == "PENDING", REQUEUED_S), end_of(log)
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+    assert eventually(lambda: len(steps(tmp_path)) > 1 and steps(tmp_path)[-1] > saved, REQUEUED_S), end_of(log)
+    assert slurm.state(job) == "RUNNING"
+    text = log.read_text()
+    assert f"step-{saved:08d}: step {saved}" in text  # "resumed from ...: step N"
+    logged = [step for step in steps(tmp_path) if step != saved]  # the last step before a save is logged too
+    assert logged == list(range(10, logged[-1] + 1, 10))
+    assert "hush" not in text
+    slurm.run("scancel", job)
+    assert eventually(lambda: slurm.state(job) in {"", "CANCELLED"}, REQUEUED_S)
+
+
+def test_wrong_input_ends_the_job_and_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    script = str(ROOT / "launch" / "slurm.sbatch")
+    job, log = submit(slurm, tmp_path, "--time=00:02:00", script, str(run), "parallel.tp_size=4")
+    assert eventually(lambda: slurm.state(job) in {"", "FAILED"}, STARTED_S)
+    assert "error: ranks = 2: must be a multiple of parallel.tp_size x parallel.pp_size" in log.read_text()
+    shown = slurm.run("scontrol", "show", "job", job).stdout
+    assert "ExitCode=2:0" in shown
+    assert "Restarts=0" in shown
+
+
+def test_a_dry_run_names_the_hosts_of_the_allocation(slurm: Slurm, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    script = str(ROOT / "launch" / "slurm.sbatch")
+    job, log = submit(slurm, tmp_path, "--time=00:02:00", script, str(run), "--dry-run")
+    assert eventually(lambda: slurm.state(job) in {"", "COMPLETED"}, STARTED_S)
+    host = slurm.run("sinfo", "-h", "-o", "%n").stdout.strip()
+    assert f"# on {host}, 2 ranks, with" in log.read_text()
+    assert "hush" not in log.read_text()
