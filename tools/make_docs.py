@@ -49,6 +49,15 @@ def deepspeed_keys() -> str:
     return _table(["key", "status", "type", "note"], rows)
 
 
+def deepspeed_refusals() -> str:
+    """Tabulate what is refused by its reason, the keys of a feature in one line."""
+    reasons: dict[str, list[str]] = {}
+    for key in KEYS.values():
+        if key.status == "refused":
+            reasons.setdefault(key.note, []).append(f"`{key.path}`")
+    return _table(["refused because", "keys"], ([reason, ", ".join(keys)] for reason, keys in reasons.items()))
+
+
 def config_keys() -> str:
     """Tabulate every key of a run's config."""
     rows = ([f"`{key}`", f"`{kind}`", default and f"`{default}`", text] for key, kind, default, text in documentation())
@@ -136,6 +145,7 @@ def activations_of_a_layer() -> str:
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "layouts": ("layouts.md", layouts),
     "deepspeed keys": ("deepspeed.md", deepspeed_keys),
+    "deepspeed refusals": ("deepspeed.md", deepspeed_refusals),
     "config keys": ("config.md", config_keys),
     "published runs": ("planner.md", published),
     "device types": ("planner.md", device_types),
