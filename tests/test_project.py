@@ -20,7 +20,7 @@ from lmscale.config.io import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 
 
@@ -125,6 +125,7 @@ def test_constraints_pin_what_the_project_needs() -> None:
         *project["optional-dependencies"]["test"],
         *project["optional-dependencies"]["tasks"],
         *project["optional-dependencies"]["lint"],
+        *project["optional-dependencies"]["docs"],
     ]
     assert {re.split(r"[^\w.-]", requirement)[0].lower() for requirement in wanted} <= pinned
 
