@@ -33,6 +33,8 @@ QUICKSTART = "launch/runs/quickstart.yaml"
 STEP = "quickstart/run/checkpoints/step-00000600"
 # Names that stand for a user's own run, and the run that is taken for it.
 OWN_RUNS = {"run.yaml": QUICKSTART, "nli.yaml": "examples/nli.yaml", "RUN.yaml": QUICKSTART, "planned.yaml": QUICKSTART}
+# Of `podman run` and `docker run`, as far as the pages use them.
+CONTAINER_OPTIONS = {"--rm", "--shm-size", "--workdir", "--device", "--gpus", "--cap-add"}
 ANY_BATCH = ["batch.micro_batch_size=1"]
 # Sizes in the place of those of a checkpoint that is not there, by what its path begins or ends with.
 PRESETS = {"roberta": "roberta-base", "bert": "bert-large", "bart": "bart-large", "t5": "t5-base", "gpt": "gpt3-350m"}
@@ -260,6 +262,25 @@ def check_pip(shown: Shown) -> None:
         assert extra in (metadata.metadata("lmscale").get_all("Provides-Extra") or [])
 
 
+def check_container(shown: Shown) -> None:
+    """A build names its file and an argument of it; a run, behind the image's name, what lmscale is to do."""
+    text = (ROOT / "launch/container/Containerfile").read_text()
+    options = [word.partition("=") for word in shown.words[2:]]
+    if shown.words[1] == "build":
+        assert "launch/container/Containerfile" in shown.words
+        given = [shown.words[at + 1].partition("=")[0] for at, word in enumerate(shown.words) if word == "--build-arg"]
+        assert all(re.search(rf"^ARG {name}=", text, re.MULTILINE) for name in given)
+        return
+    assert shown.words[1] == "run"
+    assert {name for name, _, _ in options if name.startswith("--")} <= CONTAINER_OPTIONS | {"--devices"}
+    image = next(at for at, word in enumerate(shown.words) if word in ("lmscale", "lmscale-cpu"))
+    check_lmscale(Shown(shown.page, ("lmscale", *shown.words[image + 1 :])))
+
+
+def check_venv(shown: Shown) -> None:
+    assert shown.words[1:3] == ("-m", "venv")
+
+
 def check_python(shown: Shown) -> None:
     """Run code that reads the quick start's checkpoint; look up the imports of other code, and the options of a script."""
     if shown.words[1] != "-c":
@@ -315,6 +336,11 @@ RULES: dict[str, Callable[[Shown], None]] = {
     "launch/multi_node.sh": check_script,
     "make": check_make,
     "pip": check_pip,
+    ".venv/bin/pip": check_pip,
+    ".venv/bin/lmscale": check_lmscale,
+    "python3": check_venv,
+    "podman": check_container,
+    "docker": check_container,
     "python": check_python,
     ".": check_activation,
     "tensorboard": check_tensorboard,
