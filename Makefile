@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-cluster lint bench docs
+.PHONY: help venv quickstart test test-all test-cluster lint bench docs site
 
 help:
 	@echo "make quickstart   real text -> tokenizer -> tokens -> a GPT on 2 ranks -> held-out loss -> a sample (6 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint         ruff, mypy, import layers"
 	@echo "make bench        speed and memory, as ratios measured in one run"
 	@echo "make docs         rewrite the generated tables in docs/"
+	@echo "make site         the documentation as a site, in site/"
 	@echo "make venv         only create .venv and install"
 
 venv:
@@ -42,3 +43,6 @@ bench: venv
 
 docs: venv
 	$(BIN)/python tools/make_docs.py
+
+site: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -18,6 +18,7 @@ from lmscale.config.layouts import RULES, legal_table
 from lmscale.config.lengths import SampleLengths
 from lmscale.config.model import ModelConfig
 from lmscale.config.presets import with_defaults
+from lmscale.monitor.metrics import METRICS
 from lmscale.plan.activations import StepShape, korthikanti_bytes, saved_bytes
 from lmscale.plan.device_types import DEVICE_TYPES
 from lmscale.plan.params import num_parameters
@@ -49,10 +50,25 @@ def deepspeed_keys() -> str:
     return _table(["key", "status", "type", "note"], rows)
 
 
+def deepspeed_refusals() -> str:
+    """Tabulate what is refused by its reason, the keys of a feature in one line."""
+    reasons: dict[str, list[str]] = {}
+    for key in KEYS.values():
+        if key.status == "refused":
+            reasons.setdefault(key.note, []).append(f"`{key.path}`")
+    return _table(["refused because", "keys"], ([reason, ", ".join(keys)] for reason, keys in reasons.items()))
+
+
 def config_keys() -> str:
     """Tabulate every key of a run's config."""
     rows = ([f"`{key}`", f"`{kind}`", default and f"`{default}`", text] for key, kind, default, text in documentation())
     return _table(["key", "type", "default", "meaning"], rows)
+
+
+def metrics() -> str:
+    """Tabulate what a run reports."""
+    rows = ([f"`{each.tag}`", each.unit, each.over_ranks, each.meaning] for each in METRICS)
+    return _table(["tag", "unit", "over ranks", "meaning"], rows)
 
 
 def published() -> str:
@@ -136,7 +152,9 @@ def activations_of_a_layer() -> str:
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "layouts": ("layouts.md", layouts),
     "deepspeed keys": ("deepspeed.md", deepspeed_keys),
+    "deepspeed refusals": ("deepspeed.md", deepspeed_refusals),
     "config keys": ("config.md", config_keys),
+    "metrics": ("guides/read_tensorboard.md", metrics),
     "published runs": ("planner.md", published),
     "device types": ("planner.md", device_types),
     "parameters of a rank": ("planner_memory.md", parameters_of_a_rank),
@@ -166,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     for section in SECTIONS:
         path, page = render(section)
         if path.read_text(encoding="utf-8") != page:
-            stale.append(path.name)
+            stale.append(path.relative_to(DOCS).as_posix())
             if "--check" not in arguments:
                 path.write_text(page, encoding="utf-8")
     if stale:

@@ -59,5 +59,5 @@ else
     pip_install -c constraints.txt torch
 fi
 echo "installing lmscale"
-pip_install -c "$constraints" -e '.[test,tasks,lint]'
+pip_install -c "$constraints" -e '.[test,tasks,lint,docs]'
 echo "$wanted $PWD" >"$stamp"

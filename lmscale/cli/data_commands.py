@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmscale.errors import ConfigError, DataError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lmscale.config.data import TokenizerConfig
     from lmscale.data.indexed import IndexedCorpus
+    from lmscale.data.manifest import Manifest
     from lmscale.data.readers import Reader
     from lmscale.data.tokenizer import Tokenizer
 
@@ -35,6 +40,14 @@ class TokenizerType(StrEnum):
 
     sentencepiece = "sentencepiece"
     hf = "hf"
+
+
+class ExecutorKind(StrEnum):
+    """Where the shards of a corpus are encoded."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
 
 
 class SentenceKind(StrEnum):
@@ -90,7 +103,13 @@ def tokenize(
     input: Inputs,
     tokenizer: TokenizerPath,
     output: Annotated[Path, typer.Option(help="PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json.")],
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; default one for each CPU.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that encode; default one for each CPU. With --executor slurm or ray: of each task; 1.",
+        ),
+    ] = None,
     json_key: JsonKey = "text",
     strict: Strict = False,
     tokenizer_type: TokenizerKind = TokenizerType.sentencepiece,
@@ -108,22 +127,84 @@ def tokenize(
         typer.Option(help="Keys of the input and of the target of JSON lines, as text_to_text reads them."),
     ] = None,
     task_prefix: Annotated[str, typer.Option(help="Text in front of each input, for --pair.")] = "",
+    executor: Annotated[
+        ExecutorKind | None,
+        typer.Option(help="Encode shards of their own, by datatrove, here or on many hosts; needs lmscale[shards]."),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --executor: shards at most; default one for each worker (local) or file."),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="With --executor slurm: options of sbatch; partition and time are required."
+        ),
+    ] = None,
     more: More = None,
 ) -> None:
-    """Tokenize a corpus into PREFIX.bin and PREFIX.idx, which appear together when whole."""
+    """Tokenize a corpus into PREFIX.bin and PREFIX.idx, which appear together when whole.
+
+    With --executor, into shards PREFIX-00000, ... and their list, PREFIX.shards.json, which is read like any corpus. The
+    same command again makes what is missing, and nothing else.
+    """
     from lmscale.config.data import TokenizerConfig
     from lmscale.data.encode import encode_corpus
 
     config = TokenizerConfig(type=tokenizer_type.value, path=tokenizer)
     reader = _reader(json_key, sentences, language, pair, task_prefix)
+    if executor is not None:
+        _tokenize_shards(
+            [*input, *(more or [])], config, output, reader, strict, executor, shards, workers, slurm or []
+        )
+        return
+    for name, value in (("--shards", shards), ("--slurm", slurm)):
+        if value:
+            raise ConfigError("is read with --executor only", field=name, value=value)
     result = encode_corpus([*input, *(more or [])], config, output, workers, reader, strict)
-    manifest = result.manifest
-    typer.echo(
-        f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
-        f"in {result.seconds:.1f} s ({result.tokens_per_second:,.0f} tokens/s)"
-    )
+    _tell(output, result.manifest, f"in {result.seconds:.1f} s ({result.tokens_per_second:,.0f} tokens/s)")
+
+
+def _tell(output: Path, manifest: Manifest, how: str) -> None:
+    typer.echo(f"{output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens {how}")
     for reason, count in manifest.skipped.items():
         typer.echo(f"skipped {count:,}: {reason}", err=True)
+
+
+def _tokenize_shards(
+    inputs: list[str],
+    config: TokenizerConfig,
+    output: Path,
+    reader: Reader,
+    strict: bool,
+    executor: ExecutorKind,
+    shards: int | None,
+    workers: int | None,
+    slurm: list[str],
+) -> None:
+    from lmscale.data.corpus import expand_inputs
+    from lmscale.data.index_file import idx_path
+    from lmscale.data.shard_executors import check_executor, run_shards
+    from lmscale.data.shard_jobs import make_job
+
+    pairs = [option.partition("=") for option in slurm]
+    for name, sign, value in pairs:
+        if not (name and sign and value):
+            raise ConfigError("must be KEY=VALUE", field="--slurm", value=name, remedy="as in --slurm partition=cpu")
+    options = {name: value for name, _, value in pairs}
+    check_executor(executor.value, options)
+    if idx_path(output).exists():
+        remedy = "choose another --output, or remove it"
+        raise DataError(
+            "is a corpus in one piece, which would be read before its shards", field=str(output), remedy=remedy
+        )
+    is_local = executor is ExecutorKind.local
+    processes = (workers or len(os.sched_getaffinity(0))) if is_local else 0
+    num_shards = shards or processes or len(expand_inputs(inputs))
+    job = make_job(inputs, config, output, num_shards, reader, strict, 1 if is_local else workers or 1)
+    done = len(job.files) - len(job.missing())
+    manifest = run_shards(job, executor.value, processes, options)
+    _tell(output, manifest, f"in {len(job.files)} shards, {done} of which were there")
 
 
 def _reader(
@@ -131,7 +212,6 @@ def _reader(
 ) -> Reader:
     from lmscale.data.readers import PairReader, TextReader
     from lmscale.data.sentences import SentenceSplitter
-    from lmscale.errors import ConfigError
 
     if language is not None and sentences is not SentenceKind.SPLIT:
         raise ConfigError("is read with --sentences split only", field="--language", value=language)

@@ -25,7 +25,7 @@ class TrainSource(Section):
     """One corpus of the training blend."""
 
     prefix: str
-    """PREFIX.bin and PREFIX.idx, as `lmscale tokenize` (or Megatron's preprocessing) wrote them."""
+    """PREFIX.bin and PREFIX.idx, as `lmscale tokenize` (or Megatron's preprocessing) wrote them, or PREFIX.shards.json."""
     weight: float = Field(1.0, gt=0)
     """Share of the blend, in samples, relative to the other sources."""
 
@@ -36,7 +36,7 @@ class ValidSource(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     """Its name in the metrics: valid/NAME/lm_loss."""
     prefix: str
-    """PREFIX.bin and PREFIX.idx."""
+    """PREFIX.bin and PREFIX.idx, or PREFIX.shards.json."""
 
 
 class SeqLengthStage(Section):

@@ -111,10 +111,16 @@ def resolve_deepspeed(keys: dict[str, Any], config: RunConfig, dp_size: int) -> 
 
 
 def passed_notes(keys: dict[str, Any]) -> list[str]:
-    """List the keys that DeepSpeed gets as they are though no test of ours covers them, each with its note."""
-    return [
-        f"{path}: {key.note}" for path, key in KEYS.items() if key.status == "passed" and _get(keys, path) is not None
-    ]
+    """List the keys that DeepSpeed gets as they are though no test of ours covers them, each with its note.
+
+    A section that is passed on stands for the keys in it.
+    """
+    passed = {path for path, key in KEYS.items() if key.status == "passed" and _get(keys, path) is not None}
+    return [f"{path}: {key.note}" for path, key in KEYS.items() if path in passed and _parent(path) not in passed]
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

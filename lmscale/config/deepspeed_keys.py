@@ -2,8 +2,8 @@
 
 DeepSpeed accepts a misspelt key without a word, and some of its keys would do what a section of ours does already. So
 each key that DeepSpeed 0.19 reads is here, `tested` (used in our tests), `passed` (handed through as it is, not tested
-by us) or `refused` (with the reason and what to write instead). A test compares the table with the keys that the
-installed DeepSpeed asks for.
+by us) or `refused` (with the reason and what to write instead). Tests compare the table with the keys that the
+installed DeepSpeed asks for, both ways: none is missing, none is left over from an older release.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ _TOP_LEVEL = (
     _passed("memory_breakdown", "bool", "DeepSpeed's memory report, to the rank logs"),
     _passed("dump_state", "bool", "DeepSpeed's configuration, to the rank logs"),
     _passed("log_level", "str", "level of DeepSpeed's logger"),
-    _passed("timers", "any", "settings of DeepSpeed's throughput timer"),
-    _passed("comms_logger", "any", "DeepSpeed's log of collectives, to the rank logs"),
-    _passed("flops_profiler", "any", "DeepSpeed's profiler, to the rank logs; it turns wall_clock_breakdown on"),
+    _passed("timers", "section", "settings of DeepSpeed's throughput timer"),
+    _passed("comms_logger", "section", "DeepSpeed's log of collectives, to the rank logs"),
+    _passed("flops_profiler", "section", "DeepSpeed's profiler, to the rank logs; it turns wall_clock_breakdown on"),
     _refused("optimizer", "lmscale builds the optimizer", "use the optim section"),
     _refused("scheduler", "lmscale computes the rate from the consumed tokens", "use optim.lr and its schedule"),
     _refused("gradient_allreduce_op", "lmscale divides the summed loss by the global number of tokens"),
@@ -97,6 +97,7 @@ _TOP_LEVEL = (
         "pipeline", "lmscale sets the pipeline's partitioning off, which mixes ranks otherwise", "use parallel.pp_size"
     ),
     _refused("tensor_parallel", "lmscale builds tensor-parallel modules", "use parallel.tp_size"),
+    _refused("data_parallel_size", "lmscale gives DeepSpeed the ranks' layout", "use the parallel section"),
     _refused("sequence_parallel_size", "Ulysses sequence parallelism is not tested", "use parallel.sequence_parallel"),
     _refused("seq_parallel_communication_data_type", "Ulysses sequence parallelism is not tested"),
     _refused("expert_parallel", "mixtures of experts are not tested"),
@@ -107,8 +108,10 @@ _TOP_LEVEL = (
     _refused("amp", _REMOVED, "use precision: fp16 or bf16"),
     _refused("aio", _NO_NVME),
     _refused("autotuning", "the autotuner starts runs of its own, past lmscale's checks"),
+    _refused("model_info", "it belongs to the autotuner, which starts runs past lmscale's checks"),
     _refused("hybrid_engine", "lmscale does not use the RLHF engine"),
     _refused("weight_quantization", "quantized weights are not tested"),
+    _refused("allgather_size", "it is an old name", "use zero_optimization.allgather_bucket_size"),
     _refused("compression_training", _REMOVED),
     _refused("quantize_training", _REMOVED),
     _refused("eigenvalue", _REMOVED),
@@ -166,7 +169,10 @@ _ZERO = (
     _passed("zero_optimization.ignore_unused_parameters", "bool", "accept parameters without a gradient (stage 2)"),
     _passed("zero_optimization.memory_efficient_linear", "bool", "DeepSpeed's own linear function (stage 3)"),
     _passed("zero_optimization.override_module_apply", "bool", "gather parameters in Module.apply (stage 3)"),
-    _passed("zero_optimization.leaf_module", "any", "modules fetched as one (stage 3)"),
+    _passed("zero_optimization.leaf_module", "section", "modules fetched as one (stage 3)"),
+    _passed("zero_optimization.leaf_module.classes", "any", "by class, a list"),
+    _passed("zero_optimization.leaf_module.names", "any", "by full name, a list"),
+    _passed("zero_optimization.leaf_module.name_suffixes", "any", "by the end of the name, a list"),
     _passed("zero_optimization.log_trace_cache_warnings", "bool", "warnings of the prefetcher, to the rank logs"),
     _passed("zero_optimization.enable_sanity_checks", "bool", "DeepSpeed's internal checks"),
     _refused("zero_optimization.compute_grad_norm", "lmscale reports the gradient norm"),
@@ -214,5 +220,23 @@ _OFFLOAD = (
     _refused("zero_optimization.offload_param.max_in_cpu", _NO_NVME),
 )
 
-KEYS: dict[str, DeepSpeedKey] = {key.path: key for key in (*_TOP_LEVEL, *_PRECISION, *_ZERO, *_OFFLOAD)}
+_WATCHING = (
+    _passed("timers.throughput", "section", "the timer of a step"),
+    _passed("timers.throughput.enabled", "bool", "on unless given"),
+    _passed("timers.throughput.synchronized", "bool", "wait for the device before the time is read; on unless given"),
+    _passed("comms_logger.enabled", "bool", "off unless given"),
+    _passed("comms_logger.prof_all", "bool", "log every operation"),
+    _passed("comms_logger.prof_ops", "any", "operations to log, a list"),
+    _passed("comms_logger.verbose", "bool", "a line for each call"),
+    _passed("comms_logger.debug", "bool", "name the caller"),
+    _passed("flops_profiler.enabled", "bool", "off unless given"),
+    _passed("flops_profiler.recompute_fwd_factor", "float", "forward passes that recompute adds"),
+    _passed("flops_profiler.profile_step", "int", "the step to profile"),
+    _passed("flops_profiler.module_depth", "int", "depth of the modules to print; -1 for the innermost"),
+    _passed("flops_profiler.top_modules", "int", "modules to print at each depth"),
+    _passed("flops_profiler.detailed", "bool", "print the whole model"),
+    _passed("flops_profiler.output_file", "str", "a file in the place of the log"),
+)
+
+KEYS: dict[str, DeepSpeedKey] = {key.path: key for key in (*_TOP_LEVEL, *_PRECISION, *_ZERO, *_OFFLOAD, *_WATCHING)}
 """By dotted path, in the order of the docs' table."""

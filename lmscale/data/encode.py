@@ -99,6 +99,7 @@ def encode_corpus(
     reader: Reader | None = None,
     strict: bool = False,
     append_eod: bool = True,
+    made_from: str | None = None,
 ) -> EncodeResult:
     """Tokenize a corpus into PREFIX.bin, PREFIX.idx and PREFIX.json, which appear together, when whole.
 
@@ -114,6 +115,7 @@ def encode_corpus(
         reader: makes the sequences of each document; None makes one, of the JSON key "text".
         strict: stop at a broken line, in the place of skipping and counting it.
         append_eod: put the tokenizer's eos id, or its sep id where it has no eos, behind the last sequence of a document.
+        made_from: of a shard, for its manifest.
 
     Raises:
         DataError: if the input or the tokenizer cannot be used, or no document is left.
@@ -139,11 +141,18 @@ def encode_corpus(
             writer.append(chunk.tokens, chunk.lengths, chunk.counts)
         if writer.num_documents == 0:
             raise DataError("holds no documents", field="--input", value=" ".join(inputs))
-        manifest = writer.finish(lambda sha256, size: _manifest(encoder, writer, report, sha256, size))
+        manifest = writer.finish(lambda sha256, size: _manifest(encoder, writer, report, sha256, size, made_from))
     return EncodeResult(manifest, time.perf_counter() - began)
 
 
-def _manifest(encoder: _Encoder, writer: CorpusWriter, report: SkipReport, idx_sha256: str, bin_bytes: int) -> Manifest:
+def _manifest(
+    encoder: _Encoder,
+    writer: CorpusWriter,
+    report: SkipReport,
+    idx_sha256: str,
+    bin_bytes: int,
+    made_from: str | None,
+) -> Manifest:
     return Manifest(
         tokenizer_hash=encoder.tokenizer.content_hash,
         vocab_size=encoder.tokenizer.vocab_size,
@@ -154,6 +163,7 @@ def _manifest(encoder: _Encoder, writer: CorpusWriter, report: SkipReport, idx_s
         idx_sha256=idx_sha256,
         bin_bytes=bin_bytes,
         sentences=encoder.reader.division,
+        made_from=made_from,
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lmscale.data.index_file import bin_path, idx_path, read_index
 from lmscale.data.manifest import PAIRS, Manifest, read_manifest, sha256_of_file
+from lmscale.data.shards import ShardedTokens, list_path, open_shards, read_shards
 from lmscale.data.tokenizer import padded_sizes
 from lmscale.errors import DataError
 
@@ -21,7 +22,7 @@ _NUM_LOOKED_AT = 1000
 
 
 class IndexedCorpus:
-    """The documents of PREFIX.bin and PREFIX.idx, memory-mapped.
+    """The documents of PREFIX.bin and PREFIX.idx, memory-mapped, or of the shards that PREFIX.shards.json lists.
 
     Opening checks the whole index against the size of the .bin, and reads no token. A copy in another process (pickle,
     as data loader workers make it) opens the files again instead of carrying their content.
@@ -40,10 +41,16 @@ class IndexedCorpus:
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
-        index = read_index(prefix)
+        # Where both are there, the single files are read: a list is looked for in their absence.
+        self._shards = read_shards(prefix) if _is_in_shards(prefix) else None
+        self.tokens: NDArray[np.integer[Any]] | ShardedTokens
+        if self._shards is not None:
+            index, self.tokens = open_shards(prefix, self._shards)
+        else:
+            index = read_index(prefix)
+            self.tokens = np.memmap(bin_path(prefix), index.dtype, "r")
         self.document_offsets = index.document_offsets
         self.sentence_offsets, self.document_sentences = index.sentence_offsets, index.document_sentences
-        self.tokens: NDArray[np.integer[Any]] = np.memmap(bin_path(prefix), index.dtype, "r")
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
         return IndexedCorpus, (self.prefix,)
@@ -77,12 +84,14 @@ class IndexedCorpus:
         return len(self.tokens)
 
     def document(self, number: int) -> NDArray[np.integer[Any]]:
-        """Return the tokens of one document, its end included: a view."""
+        """Return the tokens of one document, its end included: a view, but where it crosses shards."""
         return self.tokens[self.document_offsets[number] : self.document_offsets[number + 1]]
 
     @cached_property
     def idx_sha256(self) -> str:
-        """SHA-256 of the .idx."""
+        """SHA-256 of the .idx; of a corpus in shards, that of theirs together."""
+        if self._shards is not None:
+            return self._shards.manifest.idx_sha256
         return sha256_of_file(idx_path(self.prefix))
 
     @cached_property
@@ -101,7 +110,15 @@ class IndexedCorpus:
     @cached_property
     def manifest(self) -> Manifest | None:
         """What `lmscale tokenize` wrote beside the corpus; None for a corpus of another tool."""
+        if self._shards is not None:
+            return self._shards.manifest
         return read_manifest(self.prefix, self.idx_sha256)
+
+    def rows(self, starts: NDArray[np.int64], width: int) -> NDArray[np.integer[Any]]:
+        """Read `width` tokens from each start: int64 [n] -> [n, width]."""
+        if isinstance(self.tokens, ShardedTokens):
+            return self.tokens[starts[:, None] + np.arange(width)]
+        return np.lib.stride_tricks.sliding_window_view(self.tokens, width)[starts]
 
     def has_document_ends(self, end_id: int | None) -> bool:
         """Tell whether a token that is no text stands behind each document.
@@ -144,3 +161,7 @@ class IndexedCorpus:
                 field=self.prefix,
                 remedy="set tokenizer.path to the one that made it, or tokenize again",
             )
+
+
+def _is_in_shards(prefix: str | Path) -> bool:
+    return not idx_path(prefix).exists() and list_path(prefix).exists()

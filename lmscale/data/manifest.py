@@ -32,6 +32,8 @@ class Manifest:
     bin_bytes: int
     sentences: str | None = None
     """How documents were divided: into sentences by split or lines, or into pairs; None where each is one sequence."""
+    made_from: str | None = None
+    """Of a shard: what tells its inputs and how they were read, so that a rerun knows whether it is done."""
 
     def to_json(self) -> str:
         """Render as the content of the file."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.data.shards import ShardedTokens
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -43,7 +45,7 @@ class Samples:
 
 
 def gather(
-    tokens: NDArray[np.integer[Any]], places: NDArray[np.int64], lengths: NDArray[np.int64]
+    tokens: NDArray[np.integer[Any]] | ShardedTokens, places: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Read the tokens of samples.
 

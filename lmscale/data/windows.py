@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,11 +81,6 @@ class Windows:
         """Return the windows of an epoch, the same for each."""
         return self._size
 
-    def _view(self) -> NDArray[np.integer[Any]]:
-        """All windows as rows [windows, s + 1] that overlap by one token; no copy."""
-        part = self.corpus.tokens[self._start : self._start + self._size * self.seq_length + 1]
-        return np.lib.stride_tricks.sliding_window_view(part, self.seq_length + 1)[:: self.seq_length]
-
     def read(self, keys: NDArray[np.int64]) -> Samples:
         """Read windows.
 
@@ -94,7 +88,8 @@ class Windows:
             keys: int64 [n, 4], as of `Samples`.
         """
         indices = keys[:, 3]
-        tokens = self._view()[indices].astype(np.int64)
+        starts = self._start + indices * self.seq_length
+        tokens = self.corpus.rows(starts, self.seq_length + 1).astype(np.int64)
         lengths = np.full(len(keys), self.seq_length + 1)
         return Samples(tokens, lengths, self.document_ids(indices) if self._isolates else None, keys)
 

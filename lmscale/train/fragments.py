@@ -39,7 +39,7 @@ class Fragment:
     """A range [start, end) of this rank's flattened (tensor-parallel local) slice of a logical tensor.
 
     master is the fp32 view of it that the optimizer updates; `key`, `offset` locate its moments:
-    optimizer.state[key][name][offset : offset + len]. Where `is_frozen`, nothing updates it: master is a view of the weights
+    `optimizer.state[key][name][offset : offset + len]`. Where `is_frozen`, nothing updates it: master is a view of the weights
     in their own precision, there are no moments, and where `is_dp_copy` another data-parallel rank has the same.
     """
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from lmscale.config.io import load_run
 from lmscale.config.run import RunConfig
-from lmscale.data.index_file import bin_path, idx_path
 from lmscale.data.indexed import IndexedCorpus
+from lmscale.data.shards import files_of
 from lmscale.errors import LmscaleError
 from lmscale.train.progress import Progress
 
@@ -46,7 +46,7 @@ def blend_of(config: RunConfig, hashes: Mapping[str, str] | None = None) -> Blen
 
 
 def _content_hash(prefix: str) -> str:
-    times = tuple(path.stat().st_mtime_ns for path in (idx_path(prefix), bin_path(prefix)) if path.exists())
+    times = tuple(path.stat().st_mtime_ns for path in files_of(prefix) if path.exists())
     return _hash_once(prefix, times)
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lmscale.config.data import split_shares
 from lmscale.config.run import RunConfig
-from lmscale.data.index_file import idx_path
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.manifest import Manifest
+from lmscale.data.shards import is_corpus
 from lmscale.data.windows import Windows, split_documents
 from lmscale.data.writer import CorpusWriter
 
@@ -42,7 +42,7 @@ def shrink_corpora(config: RunConfig, small: RunConfig, directory: Path) -> tupl
         return small, "the task's first examples"
     if config.objective.name != "causal_lm":
         return small, "the run's corpora"  # their sentences and special ids are what the objective works with
-    missing = [source.prefix for source in config.data.train if not idx_path(source.prefix).exists()]
+    missing = [source.prefix for source in config.data.train if not is_corpus(source.prefix)]
     num_tokens = small.train.train_tokens + small.data.seq_length
     sources = []
     for number, source in enumerate(config.data.train):
