@@ -29,7 +29,7 @@ from lmscale.monitor.console import Console, ConsoleLike, NullConsole
 from lmscale.monitor.manifest import versions, write_manifest
 from lmscale.monitor.throughput import Work
 from lmscale.monitor.writers import Writer, build_writers
-from lmscale.parallel.device import overrules_fp16
+from lmscale.parallel.device import describe_device, overrules_fp16
 from lmscale.parallel.filesystems import directory_leaders
 from lmscale.parallel.topology import Topology
 from lmscale.plan.adaptation import Adaptation, adaptation_of
@@ -169,7 +169,12 @@ def open_monitor(
         "dp_size": topology.dp_size,
         "zero_stage": engine.zero_stage,
     }
-    extra = {"hosts": sorted(set(hosts)), "data": corpus_hashes(config), "resume_step": progress.step}
+    extra = {
+        "hosts": sorted(set(hosts)),
+        "device": describe_device(topology.device),
+        "data": corpus_hashes(config),
+        "resume_step": progress.step,
+    }
     writers: list[Writer] = []
     _on_first_rank(lambda: writers.extend(_open_books(config, layout, extra)), topology.device)
     if topology.rank != 0:
