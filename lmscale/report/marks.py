@@ -12,7 +12,7 @@ from lmscale.monitor import metrics
 from lmscale.optim.preview import preview
 from lmscale.report.run_files import STEP, RunFiles
 
-Kind = Literal["milestone", "start", "skip", "fault"]
+Kind = Literal["milestone", "start", "skip", "fault", "first"]
 _FAULTS = {
     metrics.FAULTS_NON_FINITE: "not finite",
     metrics.FAULTS_LOSS_SPIKE: "loss spike",
@@ -34,7 +34,7 @@ class Mark:
     Attributes:
         step: at its end; a start goes on behind it.
         kind: milestone: by the schedules; start: the run was started again; skip: steps without an update; fault: the
-            fault policy spoke.
+            fault policy spoke; first: two runs that are compared part.
         text: what, in words.
     """
 
