@@ -31,6 +31,7 @@ from lmscale.train.retention import EPHEMERAL, REGULAR
 from lmscale.train.rewind import rewind
 from lmscale.train.saving import Saver
 from lmscale.train.validate import validate
+from lmscale.train.watching import Watching
 
 _log = get_logger(__name__)
 
@@ -54,6 +55,8 @@ class Run:
     saver: Saver
     evaluate: Callable[[], dict[str, float]] | None = None
     """Measures what is held out, in the place of the loss of held_out."""
+    samples: Callable[[int], list[tuple[str, str]]] | None = None
+    """Step -> prompts, and what the model writes behind them; asked with each evaluation."""
     best: Best | None = None
     """Keeps the best checkpoint by a metric of evaluate, and ends the run where it gets no better."""
     pulse: Pulse = field(default_factory=Pulse)
@@ -89,6 +92,7 @@ def train(run: Run) -> bool:
     config, losses = run.config, LossWindow(run.engine.topology.device)
     watch = FaultWatch(config, is_first=run.engine.topology.rank == 0)
     first_steps, memory = FirstSteps(config, run.engine), {}
+    watching = Watching(run)
     run.throughput.restart()
     stopped = False
     while not run.is_over and not stopped:
@@ -123,9 +127,11 @@ def train(run: Run) -> bool:
             with run.throughput.paused():
                 held_out = run.evaluate() if run.evaluate else validate(run.engine, run.held_out)
             is_best = run.best is not None and run.best.update(step, held_out)
+            watching.after_evaluation(step)
             values |= held_out
         if values:
             _record(run, values)
+        watching.after_step(step)
         if watch.wants_end:
             run.saver.finish()  # of a good state, begun before
             watch.end()
