@@ -23,6 +23,8 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "MFU and HFU": [metrics.PERF_MFU_FRACTION, metrics.PERF_HFU_FRACTION],
         "step time, s": [metrics.PERF_STEP_TIME_S],
         "waiting for data, fraction": [metrics.PERF_DATA_WAIT_FRACTION],
+        "own time of a step, slowest rank and median, s": [metrics.PERF_OWN_TIME_MAX_S, metrics.PERF_OWN_TIME_MEDIAN_S],
+        "pipeline bubble, fraction": [metrics.PERF_BUBBLE_FRACTION],
     },
     "Health": {
         "gradient norm": [metrics.TRAIN_GRAD_NORM],

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and W&B by config. Rank 0 alone has writers."""
+"""Where metrics go: metrics.jsonl always, TensorBoard, W&B and Prometheus by config. Rank 0 alone has writers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from lmscale.monitor.histogram import Histogram
 from lmscale.monitor.hparams import HParam
 from lmscale.monitor.jsonl_writer import JsonlWriter
 from lmscale.monitor.metrics import Record
+from lmscale.monitor.prometheus_writer import PrometheusWriter
 from lmscale.monitor.tensorboard_writer import TensorBoardWriter
 from lmscale.monitor.tolerant import Tolerant
 from lmscale.monitor.wandb_writer import WandbWriter
 
-__all__ = ["JsonlWriter", "TensorBoardWriter", "WandbWriter", "Writer", "build_writers"]
+__all__ = ["JsonlWriter", "PrometheusWriter", "TensorBoardWriter", "WandbWriter", "Writer", "build_writers"]
 
 
 class Writer(Protocol):
@@ -52,15 +53,17 @@ def build_writers(
         hparams: what a sweep may vary, for TensorBoard's table of runs.
 
     Raises:
-        ConfigError: if W&B is asked for and not installed.
+        ConfigError: if W&B or Prometheus is asked for and not installed, or the port is taken.
         OutputError: if metrics.jsonl cannot be written.
     """
     directory = Path(output_dir)
     series = [metrics.points, megatron_names.points] if monitor.megatron_names else [metrics.points]
     writers: list[Writer] = []
-    # W&B first: it is the one that may be missing, and nothing is cut back before that is known.
+    # First those that may be missing, or whose port may be taken: nothing is cut back before that is known.
     if monitor.wandb:
         writers.append(WandbWriter(directory, resume_step, series))
+    if monitor.prometheus_port is not None:
+        writers.append(PrometheusWriter(directory.resolve().name, monitor.prometheus_port, monitor.prometheus_host))
     writers.append(JsonlWriter(directory / "metrics.jsonl", resume_step))
     if monitor.tensorboard:
         writers.append(TensorBoardWriter(directory / "tensorboard", resume_step, series, hparams))

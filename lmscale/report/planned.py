@@ -18,9 +18,7 @@ from lmscale.plan.device_types import DEVICE_TYPES, DeviceType, reported_type
 from lmscale.plan.memory import DeviceBytes, StateBytes, device_bytes, moment_width, zero_bytes
 from lmscale.plan.run_memory import chosen_layout, size
 from lmscale.plan.step_time import predict_step_seconds
-from lmscale.report.run_files import STEP, RunFiles
-
-STEP_TIMES = "step_times.json"
+from lmscale.report.run_files import STEP, STEP_TIMES, RunFiles
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ _PANELS = (
     _Panel(metrics.PERF_MFU_FRACTION, "Model FLOPs utilization", "% of the peak", 0.01, starts_at_zero=True),
     _Panel(metrics.PERF_STEP_TIME_S, "Step time", "s", starts_at_zero=True),
     _Panel(metrics.PERF_DATA_WAIT_FRACTION, "Waiting for data, worst rank", "% of the time", 0.01, starts_at_zero=True),
+    _Panel(metrics.PERF_OWN_TIME_MAX_S, "Own time of a step, slowest rank", "s", starts_at_zero=True),
+    _Panel(metrics.PERF_SLOWEST_RANK, "The slowest rank", "rank", is_stepped=True, starts_at_zero=True),
+    _Panel(metrics.PERF_BUBBLE_FRACTION, "Pipeline bubble, measured", "% of the time", 0.01, starts_at_zero=True),
     _Panel(metrics.MEMORY_PEAK_BYTES, "Memory, fullest rank, most so far", "GiB", _GIB, starts_at_zero=True),
     _Panel(metrics.CHECKPOINT_STALL_S, "Standing for saves, since the start", "s", starts_at_zero=True),
 )
@@ -48,6 +51,7 @@ _NOT_DRAWN = {
     metrics.PERF_TOKENS_PER_SECOND_PER_DEVICE,
     metrics.PERF_MODEL_FLOPS_PER_SECOND_PER_DEVICE,
     metrics.PERF_HFU_FRACTION,
+    metrics.PERF_OWN_TIME_MEDIAN_S,
     metrics.CHECKPOINT_FAILED_SAVES,
     metrics.MEMORY_PARAMETER_BYTES,
     metrics.MEMORY_GRADIENT_BYTES,

@@ -17,6 +17,9 @@ STEP, SAMPLES, TOKENS = "step", "consumed_samples", "consumed_tokens"
 PROGRESS = (STEP, SAMPLES, TOKENS)
 """Keys that every record has."""
 
+STEP_TIMES = "step_times.json"
+"""As lmscale.train.watching writes it; that module would bring torch in."""
+
 Json = dict[str, Any]
 
 

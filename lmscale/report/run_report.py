@@ -14,9 +14,9 @@ from lmscale.optim.preview import short
 from lmscale.report.charts import figure
 from lmscale.report.marks import Mark, events_of, known_milestones_of, milestones_of
 from lmscale.report.page import page, paragraph, table
-from lmscale.report.planned import STEP_TIMES, planned_rows
+from lmscale.report.planned import planned_rows
 from lmscale.report.run_charts import held_out_charts, run_charts
-from lmscale.report.run_files import STEP, TOKENS, RunFiles
+from lmscale.report.run_files import STEP, STEP_TIMES, TOKENS, RunFiles
 
 _MOST_EVENTS = 200
 """In the table; a run that skips more than that has other troubles."""

@@ -89,10 +89,17 @@ def train(run: Run) -> bool:
         True where the run was asked to stop before its end; it is saved in both cases.
     Collectives: every rank must call.
     """
+    watching = Watching(run)
+    try:
+        return _train(run, watching)
+    finally:
+        watching.close()
+
+
+def _train(run: Run, watching: Watching) -> bool:
     config, losses = run.config, LossWindow(run.engine.topology.device)
     watch = FaultWatch(config, is_first=run.engine.topology.rank == 0)
     first_steps, memory = FirstSteps(config, run.engine), {}
-    watching = Watching(run)
     run.throughput.restart()
     stopped = False
     while not run.is_over and not stopped:
@@ -101,7 +108,7 @@ def train(run: Run) -> bool:
         if watch.passes_over(run.progress.step + 1):
             result, (lr, batch_size) = None, _pass_over(run)
         else:
-            with first_steps.timed():
+            with first_steps.timed(), watching.step():
                 result, lr, batch_size = _step(run, watch)
             run.pulse.enter(Phase.AGREE)
             lines, found = first_steps.report(result, batch_size)
@@ -122,6 +129,7 @@ def train(run: Run) -> bool:
         values: dict[str, Any] = watch.take_values()
         if is_logged:
             values, memory = values | _values(run, result, losses, lr, batch_size) | memory, {}
+            values |= watching.values()
         if _is_due(step, config.train.eval_interval) or run.is_over:
             run.pulse.enter(Phase.EVALUATE)
             with run.throughput.paused():
