@@ -18,6 +18,7 @@ from lmscale.config.layouts import RULES, legal_table
 from lmscale.config.lengths import SampleLengths
 from lmscale.config.model import ModelConfig
 from lmscale.config.presets import with_defaults
+from lmscale.monitor.metrics import METRICS
 from lmscale.plan.activations import StepShape, korthikanti_bytes, saved_bytes
 from lmscale.plan.device_types import DEVICE_TYPES
 from lmscale.plan.params import num_parameters
@@ -133,10 +134,18 @@ def activations_of_a_layer() -> str:
     return _table(["layout", "recompute", "ours, fused attention", "ours, math attention", "Korthikanti"], rows)
 
 
+def metric_tags() -> str:
+    """Tabulate the metrics' tags."""
+    ways = {"same": "the same on all", "sum": "summed over data-parallel ranks", "max": "the largest"}
+    rows = ([f"`{metric.tag}`", metric.unit, ways[metric.over_ranks], metric.meaning] for metric in METRICS)
+    return _table(["tag", "unit", "over ranks", "meaning"], rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "layouts": ("layouts.md", layouts),
     "deepspeed keys": ("deepspeed.md", deepspeed_keys),
     "config keys": ("config.md", config_keys),
+    "metrics' tags": ("watching.md", metric_tags),
     "published runs": ("planner.md", published),
     "device types": ("planner.md", device_types),
     "parameters of a rank": ("planner_memory.md", parameters_of_a_rank),

@@ -26,9 +26,10 @@ from lmscale.report.run_files import read_run
 from lmscale.report.run_report import run_report
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+PICTURES = ("report.png", "report-dark.png", "tensorboard.png")
 REPORT_SIZE, TENSORBOARD_SIZE = (1400, 1300), (1400, 1000)
 LARGEST_BYTES = 300_000
-COLOURS = 128
+COLOURS = 256
 """Of a picture: few, and enough for lines and text."""
 START_TIMEOUT_S, LOAD_MS = 120.0, 20_000
 
@@ -42,12 +43,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "report.html"
         write_page(page, run_report(read_run(options.run)))
-        for name, is_dark in (("report.png", False), ("report-dark.png", True)):
+        for name, is_dark in zip(PICTURES, (False, True), strict=False):
             screenshot(page.as_uri(), options.output / name, REPORT_SIZE, is_dark=is_dark)
     with tensorboard(options.run / "tensorboard") as url:
-        for name, place in (("tensorboard.png", "custom_scalars"), ("tensorboard-histograms.png", "histograms")):
-            screenshot(f"{url}/#{place}", options.output / name, TENSORBOARD_SIZE, wait_ms=LOAD_MS)
-    for path in sorted(options.output.glob("report*.png")) + sorted(options.output.glob("tensorboard*.png")):
+        screenshot(f"{url}/#custom_scalars", options.output / PICTURES[-1], TENSORBOARD_SIZE, wait_ms=LOAD_MS)
+    for path in (options.output / name for name in PICTURES):
         shrink(path)
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
     return 0
@@ -83,7 +83,7 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
 def shrink(path: Path) -> None:
     """Write a picture in few colours, and check that it is small enough for a repository."""
     with Image.open(path) as image:
-        reduced = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        reduced = image.convert("RGB").quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     reduced.save(path, optimize=True)
     if path.stat().st_size > LARGEST_BYTES:
         raise RuntimeError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST_BYTES:,}")
