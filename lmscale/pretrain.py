@@ -20,6 +20,7 @@ from lmscale.config.io import load_run, show
 from lmscale.config.objective import is_packed
 from lmscale.config.run import RunConfig, ZeroChoice
 from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED, ConfigError
+from lmscale.evaluate.samples import Samples
 from lmscale.feed.counts import count_tokens
 from lmscale.feed.loader import Batch, HeldOut, build_train_loader, build_valid_loaders
 from lmscale.feed.same_data import check_same_corpora
@@ -69,6 +70,7 @@ class Work:
         loader: the steps that are left -> this rank's micro batches.
         held_out: corpora whose loss is measured, by name.
         evaluate: measures something else in their place.
+        samples: writes texts with each evaluation.
         best: follows a metric of evaluate.
         finish: what is done when training has come to its end.
         givens: what an adaptation's initial values are made of.
@@ -77,6 +79,7 @@ class Work:
     loader: Callable[[Steps], Iterator[Batch]]
     held_out: dict[str, HeldOut] = field(default_factory=dict)
     evaluate: Callable[[], dict[str, float]] | None = None
+    samples: Samples | None = None
     best: Best | None = None
     finish: Callable[[Run], None] = lambda run: None
     givens: Givens = field(default_factory=Givens)
@@ -104,6 +107,7 @@ def corpus_work(config: RunConfig, engine: Engine, progress: Progress) -> Work:
     return Work(
         loader=functools.partial(build_train_loader, config, topology.dp_rank, topology.dp_size),
         held_out=build_valid_loaders(config, topology.dp_rank, topology.dp_size),
+        samples=Samples(engine, config) if config.monitor.samples else None,
         givens=Givens(config.tokenizer, functools.partial(count_tokens, config)),
     )
 
@@ -175,6 +179,7 @@ def _train_run(
             requests=requests,
             saver=saver,
             evaluate=work.evaluate,
+            samples=work.samples,
             best=work.best,
             pulse=pulse,
             batches_from=batches_from,

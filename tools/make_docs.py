@@ -65,12 +65,6 @@ def config_keys() -> str:
     return _table(["key", "type", "default", "meaning"], rows)
 
 
-def metrics() -> str:
-    """Tabulate what a run reports."""
-    rows = ([f"`{each.tag}`", each.unit, each.over_ranks, each.meaning] for each in METRICS)
-    return _table(["tag", "unit", "over ranks", "meaning"], rows)
-
-
 def published() -> str:
     """Tabulate predicted step times against those of published runs, errors included."""
     rows = []
@@ -149,12 +143,19 @@ def activations_of_a_layer() -> str:
     return _table(["layout", "recompute", "ours, fused attention", "ours, math attention", "Korthikanti"], rows)
 
 
+def metric_tags() -> str:
+    """Tabulate the metrics' tags."""
+    ways = {"same": "the same on all", "sum": "summed over data-parallel ranks", "max": "the largest"}
+    rows = ([f"`{metric.tag}`", metric.unit, ways[metric.over_ranks], metric.meaning] for metric in METRICS)
+    return _table(["tag", "unit", "over ranks", "meaning"], rows)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "layouts": ("layouts.md", layouts),
     "deepspeed keys": ("deepspeed.md", deepspeed_keys),
     "deepspeed refusals": ("deepspeed.md", deepspeed_refusals),
     "config keys": ("config.md", config_keys),
-    "metrics": ("guides/read_tensorboard.md", metrics),
+    "metrics' tags": ("watching.md", metric_tags),
     "published runs": ("planner.md", published),
     "device types": ("planner.md", device_types),
     "parameters of a rank": ("planner_memory.md", parameters_of_a_rank),

@@ -38,6 +38,8 @@ COMMANDS: dict[str, _Entry] = {
         "Compare methods; look at adaptations, merge, exchange.",
     ),
     "verify": _Entry("model_commands", "verify", "Train a shrunk copy of a run on every legal layout and compare."),
+    "report": _Entry("report_commands", "report", "Write a page on a run: curves, events, plan, environment."),
+    "compare": _Entry("report_commands", "compare", "Say where two runs first differ, and overlay them."),
     "doctor": _Entry("launch_commands", "doctor", "Show what this machine has and lacks for training."),
 }
 """By name, in the order of --help."""

@@ -10,6 +10,7 @@ from lmscale.config.fault_rules import FAULT_RULES
 from lmscale.config.implementation import choose_implementation, choose_norms
 from lmscale.config.layouts import Layout, check_layout
 from lmscale.config.model_rules import MODEL_RULES
+from lmscale.config.monitor_rules import MONITOR_RULES, check_traced_ranks
 from lmscale.config.optim_rules import OPTIM_RULES
 from lmscale.config.probing_rules import PROBING_RULES
 from lmscale.config.prompt_rules import PROMPT_RULES
@@ -34,6 +35,7 @@ def check_run(config: RunConfig, zero: ZeroChoice, world_size: int, *, elsewhere
     for rule in (_length_is_given, *CROSS_SECTION_RULES):
         rule(config)
     check_adaptation(config, zero)
+    check_traced_ranks(config, world_size)
     _tokenizer_is_there(config)
     choose_implementation(config.optim, zero, has_gpu=None, elsewhere=elsewhere)
     choose_norms(config.train, has_gpu=None, elsewhere=elsewhere)
@@ -128,5 +130,6 @@ CROSS_SECTION_RULES: tuple[Callable[[RunConfig], None], ...] = (
     *OPTIM_RULES,
     *ADAPT_RULES,
     *FAULT_RULES,
+    *MONITOR_RULES,
     _corpora_are_distinct,
 )

@@ -10,11 +10,12 @@ from lmscale.config.data import DataConfig, TokenizerConfig
 from lmscale.config.faults import FaultsConfig
 from lmscale.config.lengths import SampleLengths, behind_prompt, sample_lengths, task_lengths
 from lmscale.config.model import ModelConfig
+from lmscale.config.monitor import MonitorConfig
 from lmscale.config.objective import CausalLMConfig, ObjectiveConfig
 from lmscale.config.optim import BatchConfig, LossScaleConfig, OptimConfig
 from lmscale.config.parallel import ParallelConfig
 from lmscale.config.task import TaskConfig
-from lmscale.config.train import CheckpointConfig, MonitorConfig, TrainConfig
+from lmscale.config.train import CheckpointConfig, TrainConfig
 
 
 class RunConfig(Section):

@@ -1,4 +1,4 @@
-"""Length of a run, its checkpoints and what watches it."""
+"""Length of a run, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -105,21 +105,3 @@ class CheckpointConfig(Section):
     stages; curriculum: data.seq_length_stages; data: data.train, its sources and weights; seed: train.seed, so the order of
     samples and dropout. Samples and tokens are counted on: the next step takes the next sample. A change of data or seed is
     a stage in the manifests of the checkpoints that follow."""
-
-
-class MonitorConfig(Section):
-    """Where metrics go, besides metrics.jsonl and the console."""
-
-    tensorboard: bool = True
-    """Write TensorBoard events to output_dir/tensorboard."""
-    wandb: bool = False
-    """Write the same tags to Weights & Biases (needs lmscale[wandb])."""
-    megatron_names: bool = False
-    """Also write the tags that Megatron-DeepSpeed's dashboards read."""
-    device_flops_per_second: float | None = Field(None, gt=0)
-    """Peak of one device in the run's precision, for perf/mfu_fraction; left out, taken from the device's name, and
-    where that is not known, no MFU is written."""
-    alert_command: str | None = None
-    """A shell command, run in the background on rank 0 when a fault is acted upon, a rank hangs or the run fails. It finds
-    LMSCALE_EVENT (fault, hang, restart, failure), LMSCALE_MESSAGE, LMSCALE_STEP and LMSCALE_OUTPUT_DIR in its environment;
-    what it prints goes to logs/alert.log. Its failure or slowness never harms the run."""

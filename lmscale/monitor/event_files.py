@@ -20,14 +20,17 @@ from lmscale.monitor.atomic import replaced
 from lmscale.monitor.metrics import BY_TOKENS_SUFFIX
 
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
+SAMPLES_PREFIX = "samples/"
+"""Of the tags of texts that belong to a step."""
 _OTHER_AXIS_SUFFIXES = (BY_TOKENS_SUFFIX, " vs samples", " vs tokens")
 
 
 def cut_events(directory: Path, resume_step: int | None) -> None:
     """Drop what an event directory holds past `resume_step` (all, where it is None), each file atomically.
 
-    Kept are scalars up to resume_step and texts before it; a run writes its texts anew when it starts, at that step.
-    A torn last record is dropped too. A file of which nothing remains is removed.
+    Kept are scalars, histograms and samples up to resume_step, and texts before it: a run writes its texts anew when it
+    starts, at that step. Layout and hyperparameters, of which a run may have one each, are dropped: they are written anew
+    too. A torn last record is dropped. A file of which nothing remains is removed.
 
     Args:
         directory: holds events.out.tfevents.* files, all written by `TensorBoardWriter`.
@@ -56,8 +59,8 @@ def _kept(file: BinaryIO, resume_step: int) -> Iterator[tuple[bytes, Any]]:
     is_step_kept = True
     for raw, event in _records(file):
         if not _is_on_other_axis(event):
-            is_step_kept = event.step < resume_step if _is_text(event) else event.step <= resume_step
-        if is_step_kept:
+            is_step_kept = event.step < resume_step if _is_text_of_start(event) else event.step <= resume_step
+        if is_step_kept and not _is_written_anew(event):
             yield raw, event
 
 
@@ -76,5 +79,13 @@ def _is_on_other_axis(event: Any) -> bool:
     return any(value.tag.endswith(_OTHER_AXIS_SUFFIXES) for value in event.summary.value)
 
 
-def _is_text(event: Any) -> bool:
-    return any(value.metadata.plugin_data.plugin_name == "text" for value in event.summary.value)
+def _is_text_of_start(event: Any) -> bool:
+    return any(
+        value.metadata.plugin_data.plugin_name == "text" and not value.tag.startswith(SAMPLES_PREFIX)
+        for value in event.summary.value
+    )
+
+
+def _is_written_anew(event: Any) -> bool:
+    plugins = {value.metadata.plugin_data.plugin_name for value in event.summary.value}
+    return bool(plugins & {"custom_scalars", "hparams"})

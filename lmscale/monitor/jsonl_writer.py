@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lmscale.errors import OutputError
 from lmscale.log import get_logger
 from lmscale.monitor.atomic import replaced
+from lmscale.monitor.histogram import Histogram
 from lmscale.monitor.metrics import Record
 
 _logger = get_logger(__name__)
@@ -53,8 +55,11 @@ class JsonlWriter:
         except OSError as error:
             raise self._failure(error) from None
 
-    def text(self, tag: str, markdown: str) -> None:
-        """Do nothing: texts are files of their own in the run's directory."""
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        """Do nothing: texts are files of their own in the run's directory, or for people who watch."""
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Do nothing: histograms are pictures."""
 
     def close(self) -> None:
         """Close the file."""

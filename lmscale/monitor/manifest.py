@@ -38,8 +38,8 @@ def write_manifest(
         config: the resolved config; its hash is that of the text in config.yaml.
         layout: sizes of the axes, ZeRO stage and so on.
         command: the command line of this start, as a list.
-        extra: more keys, or other values: "data" (hashes of the corpora), "hosts" (all hosts, rank 0's alone if left
-            out), "resume_step".
+        extra: more keys, or other values: "data" (hashes of the corpora), "device" (of rank 0), "hosts" (all hosts,
+            rank 0's alone if left out), "resume_step".
     """
     earlier, restarts = _earlier_starts(path)
     if restarts and restarts[-1]["resumed_step"] is None:

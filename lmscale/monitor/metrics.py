@@ -24,6 +24,10 @@ PERF_MFU_FRACTION = "perf/mfu_fraction"
 PERF_HFU_FRACTION = "perf/hfu_fraction"
 PERF_STEP_TIME_S = "perf/step_time_s"
 PERF_DATA_WAIT_FRACTION = "perf/data_wait_fraction"
+PERF_OWN_TIME_MAX_S = "perf/own_time_max_s"
+PERF_OWN_TIME_MEDIAN_S = "perf/own_time_median_s"
+PERF_SLOWEST_RANK = "perf/slowest_rank"
+PERF_BUBBLE_FRACTION = "perf/bubble_fraction"
 MEMORY_PEAK_BYTES = "memory/peak_bytes"
 MEMORY_PARAMETER_BYTES = "memory/parameter_bytes"
 MEMORY_GRADIENT_BYTES = "memory/gradient_bytes"
@@ -72,6 +76,20 @@ METRICS: tuple[Metric, ...] = (
     Metric(PERF_HFU_FRACTION, "", "same", "the same with recomputation counted"),
     Metric(PERF_STEP_TIME_S, "s", "same", "mean time of a step in the window, evaluation and saving left out"),
     Metric(PERF_DATA_WAIT_FRACTION, "", "max", "share of the window's time spent waiting for data"),
+    Metric(PERF_OWN_TIME_MAX_S, "s", "max", "time of a step without waiting for others, of the slowest rank"),
+    Metric(
+        PERF_OWN_TIME_MEDIAN_S,
+        "s",
+        "same",
+        "the same, of the rank in the middle; with monitor.step_times, as all of these",
+    ),
+    Metric(PERF_SLOWEST_RANK, "", "same", "the rank of perf/own_time_max_s"),
+    Metric(
+        PERF_BUBBLE_FRACTION,
+        "",
+        "same",
+        "share of the pipeline's time in which a rank computes nothing, mean over ranks",
+    ),
     Metric(MEMORY_PEAK_BYTES, "bytes", "max", "most device memory allocated so far"),
     Metric(MEMORY_PARAMETER_BYTES, "bytes", "max", "weights that forward and backward read; with the first record"),
     Metric(MEMORY_GRADIENT_BYTES, "bytes", "max", "the most gradients held in the first update; with the first record"),

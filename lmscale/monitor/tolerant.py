@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from lmscale.errors import LmscaleError
 from lmscale.log import get_logger
+from lmscale.monitor.histogram import Histogram
 from lmscale.monitor.metrics import Record
 
 _log = get_logger(__name__)
@@ -15,7 +16,9 @@ _log = get_logger(__name__)
 class _Writer(Protocol):
     def write(self, record: Record) -> None: ...
 
-    def text(self, tag: str, markdown: str) -> None: ...
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None: ...
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -34,9 +37,13 @@ class Tolerant:
         """Write a record, if that is possible."""
         self._try(lambda: self._writer.write(record))
 
-    def text(self, tag: str, markdown: str) -> None:
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
         """Write a text, if that is possible."""
-        self._try(lambda: self._writer.text(tag, markdown))
+        self._try(lambda: self._writer.text(tag, markdown, step))
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Write histograms, if that is possible."""
+        self._try(lambda: self._writer.histograms(step, found))
 
     def close(self) -> None:
         """Close the writer."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmscale.errors import ConfigError
 from lmscale.monitor import metrics
+from lmscale.monitor.histogram import Histogram
 from lmscale.monitor.metrics import Point, Record
 
 _RUN_ID_FILE = "wandb-run-id"
@@ -63,9 +64,22 @@ class WandbWriter:
                 self._define_axis(point)
         self._run.log(values, step=record.step)
 
-    def text(self, tag: str, markdown: str) -> None:
-        """Keep a text in the run's config, under its tag."""
-        self._run.config.update({tag: markdown}, allow_val_change=True)
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        """Keep a text in the run's config, under its tag; log that of a step at the step."""
+        if step is None:
+            self._run.config.update({tag: markdown}, allow_val_change=True)
+        else:
+            self._run.log({tag: markdown}, step=step)
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Log histograms at their step."""
+        import wandb
+
+        shown = {
+            tag: wandb.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
+            for tag, histogram in found.items()
+        }
+        self._run.log(shown, step=step)
 
     def close(self) -> None:
         """Send what is pending and end the W&B run."""

@@ -31,6 +31,14 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Describe this rank's device for a manifest: its type, and of a GPU its name and memory."""
+    if device.type != "cuda":
+        return {"type": device.type}
+    properties = torch.cuda.get_device_properties(device)
+    return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory}
+
+
 def prepare_device() -> torch.device:
     """Select this rank's device and, on a CPU, lift the assumptions named at the top of this module."""
     mend_builds()

@@ -294,12 +294,17 @@ class Engine:
         topology = self.topology
         square = torch.zeros((), dtype=torch.float64, device=topology.device)
         for fragment in self.fragments():
-            is_replica = fragment.tensor.tp_dim is None and topology.tp_rank > 0
-            is_replica |= fragment.is_dp_copy or (self.zero_stage == 0 and topology.dp_rank > 0)
-            if not fragment.is_tied_copy and not is_replica:
+            if self.counts(fragment):
                 square += fragment.master.float().norm().double().square().to(topology.device)
         dist.all_reduce(square)
         return math.sqrt(float(square))
+
+    def counts(self, fragment: Fragment) -> bool:
+        """Tell whether this rank is the one that counts a fragment: of copies on several ranks, one does."""
+        topology = self.topology
+        is_replica = fragment.tensor.tp_dim is None and topology.tp_rank > 0
+        is_replica |= fragment.is_dp_copy or (self.zero_stage == 0 and topology.dp_rank > 0)
+        return not fragment.is_tied_copy and not is_replica
 
     def maximum(self, value: float) -> float:
         """Return the largest of a number over all ranks.

@@ -31,6 +31,7 @@ from lmscale.train.retention import EPHEMERAL, REGULAR
 from lmscale.train.rewind import rewind
 from lmscale.train.saving import Saver
 from lmscale.train.validate import validate
+from lmscale.train.watching import Watching
 
 _log = get_logger(__name__)
 
@@ -54,6 +55,8 @@ class Run:
     saver: Saver
     evaluate: Callable[[], dict[str, float]] | None = None
     """Measures what is held out, in the place of the loss of held_out."""
+    samples: Callable[[int], list[tuple[str, str]]] | None = None
+    """Step -> prompts, and what the model writes behind them; asked with each evaluation."""
     best: Best | None = None
     """Keeps the best checkpoint by a metric of evaluate, and ends the run where it gets no better."""
     pulse: Pulse = field(default_factory=Pulse)
@@ -86,6 +89,14 @@ def train(run: Run) -> bool:
         True where the run was asked to stop before its end; it is saved in both cases.
     Collectives: every rank must call.
     """
+    watching = Watching(run)
+    try:
+        return _train(run, watching)
+    finally:
+        watching.close()
+
+
+def _train(run: Run, watching: Watching) -> bool:
     config, losses = run.config, LossWindow(run.engine.topology.device)
     watch = FaultWatch(config, is_first=run.engine.topology.rank == 0)
     first_steps, memory = FirstSteps(config, run.engine), {}
@@ -97,7 +108,7 @@ def train(run: Run) -> bool:
         if watch.passes_over(run.progress.step + 1):
             result, (lr, batch_size) = None, _pass_over(run)
         else:
-            with first_steps.timed():
+            with first_steps.timed(), watching.step():
                 result, lr, batch_size = _step(run, watch)
             run.pulse.enter(Phase.AGREE)
             lines, found = first_steps.report(result, batch_size)
@@ -118,14 +129,17 @@ def train(run: Run) -> bool:
         values: dict[str, Any] = watch.take_values()
         if is_logged:
             values, memory = values | _values(run, result, losses, lr, batch_size) | memory, {}
+            values |= watching.values()
         if _is_due(step, config.train.eval_interval) or run.is_over:
             run.pulse.enter(Phase.EVALUATE)
             with run.throughput.paused():
                 held_out = run.evaluate() if run.evaluate else validate(run.engine, run.held_out)
             is_best = run.best is not None and run.best.update(step, held_out)
+            watching.after_evaluation(step)
             values |= held_out
         if values:
             _record(run, values)
+        watching.after_step(step)
         if watch.wants_end:
             run.saver.finish()  # of a good state, begun before
             watch.end()

@@ -26,10 +26,11 @@ from lmscale.log import get_logger
 from lmscale.monitor.alert import alert
 from lmscale.monitor.atomic import replaced
 from lmscale.monitor.console import Console, ConsoleLike, NullConsole
+from lmscale.monitor.hparams import hparams_of
 from lmscale.monitor.manifest import versions, write_manifest
 from lmscale.monitor.throughput import Work
 from lmscale.monitor.writers import Writer, build_writers
-from lmscale.parallel.device import overrules_fp16
+from lmscale.parallel.device import describe_device, overrules_fp16
 from lmscale.parallel.filesystems import directory_leaders
 from lmscale.parallel.topology import Topology
 from lmscale.plan.adaptation import Adaptation, adaptation_of
@@ -52,7 +53,7 @@ from lmscale.train.verification import newest_good, open_verified
 
 _log = get_logger(__name__)
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, MANIFEST = "config.yaml", "manifest.json"
 
 
 def choose_determinism(deterministic: bool) -> None:
@@ -169,7 +170,12 @@ def open_monitor(
         "dp_size": topology.dp_size,
         "zero_stage": engine.zero_stage,
     }
-    extra = {"hosts": sorted(set(hosts)), "data": corpus_hashes(config), "resume_step": progress.step}
+    extra = {
+        "hosts": sorted(set(hosts)),
+        "device": describe_device(topology.device),
+        "data": corpus_hashes(config),
+        "resume_step": progress.step,
+    }
     writers: list[Writer] = []
     _on_first_rank(lambda: writers.extend(_open_books(config, layout, extra)), topology.device)
     if topology.rank != 0:
@@ -179,6 +185,7 @@ def open_monitor(
     _describe(config, engine, console, layout, notes)
     for writer in writers:
         writer.text("config", f"```yaml\n{show(config)}\n```")
+        writer.text("manifest", f"```json\n{(Path(config.output_dir) / MANIFEST).read_text(encoding='utf-8')}```")
         writer.text("environment", "\n".join(f"- {name}: {value}" for name, value in {**versions(), **layout}.items()))
     console.start(config.train.train_tokens, progress.consumed_tokens)
     try:
@@ -224,7 +231,7 @@ def reopen_writers(config: RunConfig, writers: list[Writer], device: torch.devic
         for writer in writers:
             writer.close()
         try:
-            writers[:] = build_writers(config.monitor, Path(config.output_dir), step or None)
+            writers[:] = _writers(config, step)
         except OSError as error:
             raise OutputError(
                 f"cannot be written: {error.strerror}", field="output_dir", value=config.output_dir
@@ -289,6 +296,10 @@ def open_saver(engine: Engine, config: RunConfig, start: Beginning, console: Con
         hook.close()
 
 
+def _writers(config: RunConfig, step: int) -> list[Writer]:
+    return build_writers(config.monitor, Path(config.output_dir), step or None, hparams_of(config))
+
+
 def _open_books(config: RunConfig, layout: dict[str, int], extra: dict[str, Any]) -> list[Writer]:
     """Write config.yaml and manifest.json and open the writers.
 
@@ -300,8 +311,8 @@ def _open_books(config: RunConfig, layout: dict[str, int], extra: dict[str, Any]
         output_dir.mkdir(parents=True, exist_ok=True)
         with replaced(output_dir / CONFIG_FILE) as file:
             file.write(show(config).encode())
-        write_manifest(output_dir / "manifest.json", config, layout, sys.argv, extra)
-        return build_writers(config.monitor, output_dir, extra["resume_step"] or None)
+        write_manifest(output_dir / MANIFEST, config, layout, sys.argv, extra)
+        return _writers(config, extra["resume_step"])
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", field="output_dir", value=str(output_dir)) from None
 

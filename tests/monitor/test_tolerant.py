@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from lmscale.config.train import MonitorConfig
+from lmscale.config.monitor import MonitorConfig
 from lmscale.monitor.metrics import Record
 from lmscale.monitor.tolerant import Tolerant
 from lmscale.monitor.writers import build_writers
@@ -23,7 +23,7 @@ class Failing:
             raise OSError(28, "No space left on device")
         self.written.append(record.step)
 
-    def text(self, tag, markdown):
+    def text(self, tag, markdown, step=None):
         raise OSError(28, "No space left on device")
 
     def close(self):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lmscale.config.train import MonitorConfig
+from lmscale.config.monitor import MonitorConfig
 from lmscale.errors import ConfigError
 from lmscale.monitor.metrics import Record
 from lmscale.monitor.writers import build_writers
