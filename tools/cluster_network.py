@@ -249,6 +249,8 @@ class Cluster:
         home = self.directory / "hosts" / name
         argv = [sys.executable, str(Path(__file__).with_name("cluster_host.py")), str(home / "host.json")]
         init, stdin = _start_process(argv, home / "host.log", "--net", "--uts", "--mount", "--ipc", "--mount-proc")
+        # The kernel takes its time to remove the interfaces of a host that was killed.
+        _in_network(self._switch, "ip", "link", "delete", name, check=False)
         # The address of the card stays when a host is started again, as that of a real one.
         card = "02:00:" + ":".join(f"{int(byte):02x}" for byte in address.split("."))
         veth = (

@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 
-SILENCE_S = 15
-"""A host that has not answered for so long counts as gone; a link that is cut for a shorter time is ridden out."""
+SILENCE_S = 12
+"""A host that has not answered for so long counts as gone; a link that is cut for a shorter time is ridden out. The kernel
+counts from what it sent last, so that a rank which tells something meanwhile learns of it some seconds later."""
 _PROBE_S = 2
 _CONNECT_S = 10.0
 _TRIES = 3

@@ -218,12 +218,14 @@ class _Supervisor:
     def _naming_hosts(self, outcome: Outcome) -> Outcome:
         """Say on which hosts ranks were lost; where a host does not answer, that is all that can be said."""
         gone = self._relay.lost() if self._relay is not None else {}
-        silent = [number for number in outcome.lost if number in gone and gone[number].is_silent]
+        # More of them than were found first: the ranks of a host fall silent one after the other.
+        silent = sorted(number for number in gone if gone[number].is_silent)
         names = ", ".join(dict.fromkeys(gone[number].host for number in silent or outcome.lost if number in gone))
         if silent:
             ranks = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             what = f"hang: {names} has not answered for {SILENCE_S} s, the host or its link is down"
-            return replace(outcome, status=EXIT_HANG, error=f"{what}: rank {ranks} of {self._num_ranks}")
+            error = f"{what}: rank {ranks} of {self._num_ranks}"
+            return replace(outcome, status=EXIT_HANG, error=error, lost=tuple(silent))
         return replace(outcome, error=f"{outcome.error}, on {names}") if names else outcome
 
     def _marked(self, outcome: Outcome) -> Outcome:
