@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sysconfig
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,13 +254,12 @@ def check_make(shown: Shown) -> None:
 
 def check_pip(shown: Shown) -> None:
     """Read the arguments by pip's own parser, and look the extras up."""
-    from importlib import metadata
-
     from pip._internal.commands import create_command
 
     _, given = create_command(shown.words[1]).parse_args(list(shown.words[2:]))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in (name for word in given for found in re.findall(r"\[(.*)\]", word) for name in found.split(",")):
-        assert extra in (metadata.metadata("lmscale").get_all("Provides-Extra") or [])
+        assert extra in extras
 
 
 def check_container(shown: Shown) -> None:

