@@ -10,8 +10,11 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tomllib
 import warnings
@@ -27,6 +30,8 @@ from lmscale.config.deepspeed_json import check_deepspeed, load_deepspeed
 from lmscale.config.io import load_run
 from tests.distributed.ranks import run_ranks
 from tests.documents import PAGES, PROGRAMS, ROOT, Shown, all_commands, read_command
+
+sys.path.insert(0, str(ROOT / "tools"))
 
 pytestmark = pytest.mark.distributed
 
@@ -206,6 +211,8 @@ LMSCALE: dict[str, Callable[[Shown], None]] = {
     "import-hf": check_parsed,  # of a model that would be downloaded: tests/convert
     "adapter": check_parsed,  # of adaptations that would be trained: tests/adapt
     "verify": check_verify,
+    "report": lambda shown: runs(shown) if "quickstart/run" in shown.words else check_parsed(shown),
+    "compare": check_parsed,  # of two runs: tests/report
     "doctor": check_parsed,  # what it finds is this machine's: tests/launcher
 }
 
@@ -240,11 +247,20 @@ def check_torchrun(shown: Shown) -> None:
 
 
 def check_script(shown: Shown) -> None:
-    """A script of launch/: it is there, may be run, and is given what its header says."""
-    script = ROOT / next(word for word in shown.words if word.startswith("launch/") and not word.endswith(".yaml"))
-    assert script.stat().st_mode & 0o100 or script.suffix == ".sbatch"
-    run = next(word for word in shown.words if word.endswith(".yaml"))
-    check_config(run, shown.words[shown.words.index(run) + 1 :], None)
+    """Run a script of launch/ up to the `lmscale train` that it ends in, and check that."""
+    at = next(at for at, word in enumerate(shown.words) if word.startswith("launch/"))
+    stand_in = Path("programs", "lmscale").absolute()
+    stand_in.parent.mkdir(exist_ok=True)
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"}
+    given = subprocess.run(["bash", *shown.words[at:]], env=environ, capture_output=True, text=True, check=True).stdout
+    train = parse(Shown(shown.page, ("lmscale", *given.splitlines())))
+    check_config(train["run"], train["overrides"] or (), train["devices"], train["deepspeed_config"])
+
+
+def check_kubectl(shown: Shown) -> None:
+    assert Path(shown.words[-1]).is_file()  # tests/launch/test_scripts.py holds it against Kubernetes' schemas
 
 
 def check_make(shown: Shown) -> None:
@@ -283,6 +299,9 @@ def check_venv(shown: Shown) -> None:
 
 def check_python(shown: Shown) -> None:
     """Run code that reads the quick start's checkpoint; look up the imports of other code, and the options of a script."""
+    if shown.words[1] == "tools/cluster.py":
+        check_cluster(shown)
+        return
     if shown.words[1] != "-c":
         source = (ROOT / shown.words[1]).read_text()
         for option in (word for word in shown.words[2:] if word.startswith("--")):
@@ -295,6 +314,20 @@ def check_python(shown: Shown) -> None:
             assert all(hasattr(module, alias.name) for alias in node.names)
     if STEP in shown.words[2]:
         exec(compile(tree, "README", "exec"), {})
+
+
+def check_cluster(shown: Shown) -> None:
+    """Read the arguments by the tool's own parser, and check what is to run on a host."""
+    import typer
+
+    app = importlib.import_module("cluster").app
+    subcommand, *rest = shown.words[2:]
+    command = typer.main.get_command(app).commands[subcommand]  # type: ignore[attr-defined]
+    command.make_context(subcommand, list(rest))
+    inside = shown.words[shown.words.index("--") + 1 :] if "--" in shown.words else ()
+    if inside[:1] == ("lmscale",):
+        given = parse(Shown(shown.page, inside))
+        check_config(given["run"], given["overrides"] or (), given["devices"])
 
 
 def check_tensorboard(shown: Shown) -> None:
@@ -333,7 +366,8 @@ RULES: dict[str, Callable[[Shown], None]] = {
     "deepspeed": check_deepspeed_line,
     "torchrun": check_torchrun,
     "sbatch": check_script,
-    "launch/multi_node.sh": check_script,
+    **{f"launch/{path.name}": check_script for path in (ROOT / "launch").glob("*.sh")},
+    "kubectl": check_kubectl,
     "make": check_make,
     "pip": check_pip,
     ".venv/bin/pip": check_pip,
@@ -390,6 +424,8 @@ def test_documents_show_commands_of_every_kind() -> None:
         "pip install --no-such-option lmscale",
         "python examples/make_tasks.py --no-such-option",
         "curl https://example.org",
+        "python tools/cluster.py cut",
+        "launch/multi_node.sh launch/runs/gpt3-1.3b-modern.yaml",
     ],
 )
 def test_wrong_command_is_noticed(line: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

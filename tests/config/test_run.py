@@ -25,6 +25,24 @@ RAMP = ("batch.ramp.start=4", "batch.ramp.increment=4", "batch.ramp.ramp_samples
 
 BROKEN = [
     (
+        ["monitor.tensorboard=false", "monitor.histogram_interval=5"],
+        1,
+        "monitor.histogram_interval: goes to TensorBoard or W&B, and both are off",
+        "set monitor.tensorboard or monitor.wandb",
+    ),
+    (
+        ["monitor.tensorboard=true", "monitor.samples.prompts=[a]", "monitor.samples.max_new_tokens=4096"],
+        1,
+        "monitor.samples",
+        "",
+    ),
+    (
+        ["monitor.prometheus_host=0.0.0.0"],
+        1,
+        "monitor.prometheus_host: is read with monitor.prometheus_port only",
+        "set it, or leave the host out",
+    ),
+    (
         ["model.hidden_size=66"],
         1,
         "model.hidden_size = 66: must be a multiple of model.num_attention_heads = 4",
