@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.parallel.local_ranks import RankFailure, RankPool
+from lmscale.parallel.local_ranks import RankFailure, RankPool, _join, _keep_inherited_groups
 
 pytestmark = pytest.mark.distributed
 
@@ -109,3 +109,26 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_ranks_of_a_process_that_had_groups_make_their_own(tmp_path: Path) -> None:
+    """megatron-core ends them but for two, and a rank that drops an inherited one would wait for its threads for good."""
+    user = os.fork()
+    if not user:
+        status = 1
+        try:
+            _keep_inherited_groups()  # this process is a fork too
+            _join(0, 1, tmp_path)
+            _make_groups()
+            RankPool(1).run(_make_groups, timeout_s=60)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(user, 0)[1] == 0
+
+
+def _make_groups() -> None:
+    from lmscale.parallel.topology import close_topology, init_topology
+
+    init_topology(1, 1)
+    close_topology()
