@@ -1,8 +1,8 @@
 """Do the main job once, on text that every machine with Python has: `make quickstart` runs this.
 
 Text: the standard library's own sources, docstrings included, one document a file; one file in 25 is held out. Then the
-commands that a user would type, each printed before it runs: tokenizer train, tokenize, train, generate. At the end the
-held-out loss is set beside the entropy of a unigram model of the same tokens, and quickstart/report.md is written.
+commands that a user would type, each printed before it runs: tokenizer train, tokenize, train, generate, report. At the
+end the held-out loss is set beside the entropy of a unigram model of the same tokens, and quickstart/report.md is written.
 Everything stays under quickstart/.
 """
 
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = Path("quickstart")
 RUN_YAML = "launch/runs/quickstart.yaml"
 RUN_DIR = HOME / "run"
+PAGE = HOME / "report.html"
 VALID_NAME = "stdlib"
 
 VOCAB_SIZE = 4096
@@ -99,6 +100,7 @@ def main() -> int:
         "generate", str(checkpoint), "--prompt", PROMPT, "--temperature", "0.8", "--seed", "1", capture=True
     )
     console.print(escape(work.sample))
+    work.lmscale("report", str(RUN_DIR), "--output", str(PAGE))
 
     work.figures |= {
         "held-out loss": f"{held_out:.3f} nats per token",
@@ -113,6 +115,7 @@ def main() -> int:
     for name, value in work.figures.items():
         console.print(f"{name:34} [bold]{escape(value)}[/]")
     console.print(f"{'report':34} {report}")
+    console.print(f"{'the run as a page':34} {PAGE}")
     console.print(f"{'TensorBoard':34} .venv/bin/tensorboard --logdir {RUN_DIR}/tensorboard")
     if not learned:
         console.print("[red]the held-out loss is not well below the unigram entropy: the model has not learned[/]")
@@ -184,7 +187,7 @@ def _clear() -> None:
     """Remove what an earlier quick start left, and nothing else."""
     for name in ("text", "tokenizer", "run"):
         shutil.rmtree(HOME / name, ignore_errors=True)
-    for pattern in ("train.*", "valid.*", "report.md", "loss.svg"):
+    for pattern in ("train.*", "valid.*", "report.md", PAGE.name, "loss.svg"):
         for path in HOME.glob(pattern):
             path.unlink()
 
