@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -24,6 +25,9 @@ from lmscale.parallel.op_builds import mend_builds
 from tests.distributed.runs import write_corpus
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in the background so, and every child of it would be deaf to Ctrl-C too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 mend_builds()  # of tests that use DeepSpeed's ops in this process
 # Tests share their CPUs with others; how long an example takes says nothing.
 settings.register_profile("lmscale", deadline=None)
