@@ -50,6 +50,7 @@ class PrometheusWriter:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Any] = {}
         self._tags: dict[str, str] = {}
+        self._left_out: set[str] = set()
         try:
             self._server, self._thread = start_http_server(port, host, self._registry)
         except OSError as error:
@@ -63,8 +64,8 @@ class PrometheusWriter:
             labels = {"run": self._run}
             kind, _, rest = tag.partition("/")
             if kind == "valid":
-                labels["corpus"], _, rest = rest.rpartition("/") if rest.count("/") < 2 else rest.partition("/")
-                tag = f"valid/{_CORPUS}/{rest}"
+                corpus, _, name = rest.partition("/") if "/" in rest else ("", "", rest)
+                labels["corpus"], tag = corpus, f"valid/{_CORPUS}/{name}"
             gauge = self._gauge(tag, labels)
             if gauge is not None:
                 gauge.labels(**labels).set(value)
@@ -79,9 +80,9 @@ class PrometheusWriter:
             self._gauges[name], self._tags[name] = Gauge(name, text, list(labels), registry=self._registry), tag
         if self._tags[name] == tag:
             return self._gauges[name]
-        if tag not in self._tags.values():
+        if tag not in self._left_out:
             _log.warning("Prometheus: %s is not served: its name, %s, is that of %s", tag, name, self._tags[name])
-            self._tags[f"({tag})"] = tag
+            self._left_out.add(tag)
         return None
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
