@@ -202,9 +202,9 @@ def _tokenize_shards(
     processes = (workers or len(os.sched_getaffinity(0))) if is_local else 0
     num_shards = shards or processes or len(expand_inputs(inputs))
     job = make_job(inputs, config, output, num_shards, reader, strict, 1 if is_local else workers or 1)
-    done = len(job.files) - len(job.missing())
-    manifest = run_shards(job, executor.value, processes, options)
-    _tell(output, manifest, f"in {len(job.files)} shards, {done} of which were there")
+    missing = job.missing()
+    manifest = run_shards(job, executor.value, processes, options, missing)
+    _tell(output, manifest, f"in {len(job.files)} shards, {len(job.files) - len(missing)} of which were there")
 
 
 def _reader(

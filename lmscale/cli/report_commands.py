@@ -52,8 +52,9 @@ def compare(
     found = compare_runs(one, other, tolerance)
     console = Console(highlight=False, markup=False)
     for title, columns, rows in tables(found, names_of(one, other)):
-        first = Column(columns[0], no_wrap=True)
-        shown = Table(first, *columns[1:], title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        first, *others = columns
+        folded = [Column(name, overflow="fold") for name in others]  # a pipe has 80 columns, and values are longer
+        shown = Table(Column(first, no_wrap=True), *folded, title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for row in rows:
             shown.add_row(*row)
         console.print(shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lmscale.config.adapt import ProbingConfig
 from lmscale.config.monitor import MonitorConfig
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError
@@ -47,6 +48,20 @@ def _host_has_a_port(config: RunConfig) -> None:
         raise ConfigError("is read with monitor.prometheus_port only", field="monitor.prometheus_host", remedy=remedy)
 
 
+def _probing_has_steps_to_watch(config: RunConfig) -> None:
+    """Refuse what looks into training steps where the model takes none: probing trains classifiers on rank 0 alone."""
+    if not isinstance(config.adapt, ProbingConfig):
+        return
+    monitor = config.monitor
+    for key, value in (
+        ("step_times", monitor.step_times),
+        ("trace", monitor.trace),
+        ("histogram_interval", monitor.histogram_interval),
+    ):
+        if value:
+            raise ConfigError("is not read by adapt.method: probing", field=f"monitor.{key}", remedy="leave it out")
+
+
 def check_traced_ranks(config: RunConfig, world_size: int) -> None:
     """Check that the ranks that are to record are there.
 
@@ -65,4 +80,5 @@ MONITOR_RULES: tuple[Callable[[RunConfig], None], ...] = (
     _somebody_sees_it,
     _samples_can_be_written,
     _host_has_a_port,
+    _probing_has_steps_to_watch,
 )

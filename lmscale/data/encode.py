@@ -115,7 +115,7 @@ def encode_corpus(
         reader: makes the sequences of each document; None makes one, of the JSON key "text".
         strict: stop at a broken line, in the place of skipping and counting it.
         append_eod: put the tokenizer's eos id, or its sep id where it has no eos, behind the last sequence of a document.
-        made_from: of a shard, for its manifest.
+        made_from: of a shard, for its manifest; a shard may be without a document, a corpus may not.
 
     Raises:
         DataError: if the input or the tokenizer cannot be used, or no document is left.
@@ -139,7 +139,7 @@ def encode_corpus(
             for skipped in chunk.skipped:
                 report.add(skipped)
             writer.append(chunk.tokens, chunk.lengths, chunk.counts)
-        if writer.num_documents == 0:
+        if writer.num_documents == 0 and made_from is None:
             raise DataError("holds no documents", field="--input", value=" ".join(inputs))
         manifest = writer.finish(lambda sha256, size: _manifest(encoder, writer, report, sha256, size, made_from))
     return EncodeResult(manifest, time.perf_counter() - began)

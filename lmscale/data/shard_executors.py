@@ -23,10 +23,12 @@ from typing import Any, Literal
 from lmscale.data.manifest import Manifest
 from lmscale.data.shard_jobs import EncodeShard, ShardJob, load_job, save_job
 from lmscale.data.shards import list_path, summed, to_json
-from lmscale.errors import EXIT_BAD_INPUT, EXIT_FAILURE, ConfigError, DataError, LmscaleError, OutputError, RunError
+from lmscale.data.writer import disk_errors
+from lmscale.errors import EXIT_BAD_INPUT, EXIT_FAILURE, ConfigError, DataError, LmscaleError, RunError
 
 Executor = Literal["local", "slurm", "ray"]
-_SLURM = {"partition", "time", "mem_per_cpu_gb", "qos"}
+_MEMORY = "mem_per_cpu_gb"
+_SLURM = {"partition", "time", _MEMORY, "qos"}
 """Options that datatrove has a name for; others go to sbatch as they are."""
 
 
@@ -34,7 +36,7 @@ def check_executor(executor: Executor, options: Mapping[str, str]) -> None:
     """Check that what an executor needs is there.
 
     Raises:
-        ConfigError: if a package or program is missing, naming the extra, or an option is.
+        ConfigError: if a package or program is missing, naming the extra, or an option is missing or wrong.
     """
     for package, extra in (("datatrove", "shards"), *([("ray", "ray")] if executor == "ray" else [])):
         if importlib.util.find_spec(package) is None:
@@ -55,9 +57,18 @@ def check_executor(executor: Executor, options: Mapping[str, str]) -> None:
         for name in ("partition", "time"):
             if name not in options:
                 raise ConfigError("is missing", field=f"--slurm {name}", remedy=f"as in --slurm {name}=...")
+        memory = options.get(_MEMORY, "2")
+        if not (memory.isdecimal() and int(memory)):
+            raise ConfigError("must be a whole number of GB", field=f"--slurm {_MEMORY}", value=memory)
 
 
-def run_shards(job: ShardJob, executor: Executor, processes: int, options: Mapping[str, str]) -> Manifest:
+def run_shards(
+    job: ShardJob,
+    executor: Executor,
+    processes: int,
+    options: Mapping[str, str],
+    missing: Sequence[int] | None = None,
+) -> Manifest:
     """Encode the shards that are missing, and write the list when none is.
 
     Args:
@@ -65,19 +76,22 @@ def run_shards(job: ShardJob, executor: Executor, processes: int, options: Mappi
         executor: where the tasks run.
         processes: tasks at a time; 0 for no limit (slurm, ray).
         options: of sbatch.
+        missing: `job.missing()`, of a caller that knows: it hashes every index. Left out, it is looked up.
 
     Returns:
         The manifest of all shards together.
 
     Raises:
         RunError: naming the shards that are missing in the end.
-        DataError: the same, where a worker of this host finds the input wrong.
+        DataError: the same, where a worker of this host finds the input wrong; or no shard has a document.
+        OutputError: if the job's files cannot be written.
     """
-    missing = job.missing()
+    missing = job.missing() if missing is None else missing
     if missing:
-        list_path(job.prefix).unlink(missing_ok=True)  # it names shards that are about to be replaced
-        job_file = save_job(job)
-        _note_done(job, missing)
+        with disk_errors(job.directory):
+            list_path(job.prefix).unlink(missing_ok=True)  # it names shards that are about to be replaced
+            job_file = save_job(job)
+            _note_done(job, missing)
         if executor == "local":
             status, reason = _run_here(job, job_file, processes)
         else:
@@ -117,7 +131,9 @@ def _run_here(job: ShardJob, job_file: Path, processes: int) -> tuple[int, str]:
         for first, behind in shares:
             log = job.directory / f"worker-{first:05d}.log"
             command = [sys.executable, "-m", __name__, str(job_file), str(first), str(behind)]
-            with log.open("wb") as file:
+            with disk_errors(log):
+                file = log.open("wb")
+            with file:
                 process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
             workers.append((process, log))
         statuses = [process.wait() for process, _ in workers]
@@ -181,7 +197,7 @@ def build_executor(
         time=own["time"],
         partition=own["partition"],
         qos=own["qos"],
-        mem_per_cpu_gb=int(own["mem_per_cpu_gb"] or 2),
+        mem_per_cpu_gb=int(own[_MEMORY] or 2),
         job_name="lmscale-tokenize",
         # The tasks run in this environment, and sbatch stays until they are over.
         env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
@@ -192,11 +208,9 @@ def build_executor(
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    try:
+    with disk_errors(path):
         partial.write_text(text)
         partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", field=str(path)) from None
 
 
 def _work(job_file: str, first: int, behind: int) -> int:

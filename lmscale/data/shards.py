@@ -69,7 +69,7 @@ def summed(prefix: str | Path, numbers: Sequence[int]) -> ShardList:
     """Put the shards' manifests together.
 
     Raises:
-        DataError: if a shard has none, or they are of different tokenizers or divisions.
+        DataError: if a shard has none, they are of different tokenizers or divisions, or hold no document together.
     """
     shards, manifests = [], []
     for number in numbers:
@@ -82,6 +82,8 @@ def summed(prefix: str | Path, numbers: Sequence[int]) -> ShardList:
     kinds = {(each.tokenizer_hash, each.vocab_size, each.eos_id, each.sentences) for each in manifests}
     if len(kinds) != 1:
         raise DataError("its shards are of different tokenizers or kinds", field=str(prefix), remedy=_REMEDY)
+    if not any(each.documents for each in manifests):
+        raise DataError("holds no documents", field=str(prefix))
     skipped: dict[str, int] = {}
     for reason, count in (item for each in manifests for item in each.skipped.items()):
         skipped[reason] = skipped.get(reason, 0) + count
@@ -128,6 +130,8 @@ def open_shards(prefix: str | Path, found: ShardList) -> tuple[Index, ShardedTok
     """
     indices, parts = [], []
     for shard in found.shards:
+        if shard.tokens == 0:  # of an empty input file: neither numpy nor read_index takes an empty .bin
+            continue
         path = Path(prefix).with_name(shard.name)
         index = read_index(path)
         counts = (len(index.document_offsets) - 1, int(index.document_offsets[-1]))

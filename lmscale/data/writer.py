@@ -44,7 +44,7 @@ class CorpusWriter:
         self.num_documents, self.num_tokens = 0, 0
         self._names = {_partial(path): path for path in (bin_path(prefix), manifest_path(prefix), idx_path(prefix))}
         self._bin_partial, self._json_partial, self._idx_partial = self._names
-        with _disk_errors(self._bin_partial):
+        with disk_errors(self._bin_partial):
             self._bin_partial.parent.mkdir(parents=True, exist_ok=True)
             self._bin = _open_alone(self._bin_partial)
 
@@ -69,7 +69,7 @@ class CorpusWriter:
             counts: int32 [documents], sentences of each document; None where each is one.
         """
         counts = np.ones_like(lengths) if counts is None else counts
-        with _disk_errors(self._bin_partial):
+        with disk_errors(self._bin_partial):
             self._bin.write(tokens)
         self._lengths.append(lengths)
         self._counts.append(counts)
@@ -83,13 +83,13 @@ class CorpusWriter:
             make_manifest: from the SHA-256 of the .idx and the bytes of the .bin.
         """
         lengths, counts = (np.concatenate([np.zeros(0, np.int32), *parts]) for parts in (self._lengths, self._counts))
-        with _disk_errors(self._bin_partial):
+        with disk_errors(self._bin_partial):
             self._bin.flush()
             os.fsync(self._bin.fileno())
         _write_durably(self._idx_partial, lambda file: write_index(file, self._dtype, lengths, counts))
         manifest = make_manifest(sha256_of_file(self._idx_partial), self._bin_partial.stat().st_size)
         _write_durably(self._json_partial, lambda file: file.write(manifest.to_json().encode()))
-        with _disk_errors(self._bin_partial):
+        with disk_errors(self._bin_partial):
             self._names[self._idx_partial].unlink(missing_ok=True)
             for partial, path in self._names.items():
                 os.replace(partial, path)
@@ -116,7 +116,7 @@ def _open_alone(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Say in one line that a write failed, and that nothing half-written is left."""
     try:
         yield
@@ -127,7 +127,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _write_durably(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    with _disk_errors(path), path.open("wb") as file:
+    with disk_errors(path), path.open("wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lmscale.config.adapt import prompt_length
 from lmscale.config.run import RunConfig
 from lmscale.data.tokenizer import document_end_id, load_tokenizer
-from lmscale.errors import ConfigError
 from lmscale.evaluate.writing import Perturb, Writing, write_ids
+from lmscale.feed.prompts import encode_prompts
 from lmscale.parallel.seeds import hash_seed
 from lmscale.train.engine import Engine
 
@@ -38,15 +37,7 @@ class Samples:
         self._engine, self._config, self._samples = engine, config, config.monitor.samples
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._stop = document_end_id(self._tokenizer)
-        self._prompts = [self._tokenizer.encode(prompt) for prompt in self._samples.prompts]
-        room = config.lengths.encoder - prompt_length(config.adapt) - self._samples.max_new_tokens
-        for prompt, ids in zip(self._samples.prompts, self._prompts, strict=True):
-            if not 0 < len(ids) <= room:
-                raise ConfigError(
-                    f"must have from 1 to {room} tokens, to leave room for max_new_tokens, and this one has {len(ids)}",
-                    field="monitor.samples.prompts",
-                    value=prompt if len(prompt) < 40 else prompt[:37] + "...",
-                )
+        self._prompts = encode_prompts(config, self._tokenizer)
 
     def __call__(self, step: int) -> list[tuple[str, str]]:
         """Write a text behind each prompt.

@@ -78,10 +78,15 @@ def validate_run(config: RunConfig, devices: int) -> LaunchPlan:
 
 def _check_extras(config: RunConfig) -> None:
     """Ask for the packages of an extra where the run will need them."""
-    if config.monitor.wandb and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            "needs the wandb package", field="monitor.wandb", value=True, remedy="pip install lmscale[wandb]"
-        )
+    monitor = config.monitor
+    for field, value, package, extra in (
+        ("monitor.wandb", monitor.wandb, "wandb", "wandb"),
+        ("monitor.prometheus_port", monitor.prometheus_port, "prometheus_client", "prometheus"),
+    ):
+        if value and package not in sys.modules and importlib.util.find_spec(package) is None:
+            name = package.replace("_", "-")
+            remedy = f"pip install lmscale[{extra}]"
+            raise ConfigError(f"needs the {name} package", field=field, value=value, remedy=remedy)
 
 
 def _check_checkpoints(config: RunConfig) -> None:
@@ -210,11 +215,21 @@ def _check_data(config: RunConfig) -> None:
         vocabulary = Vocabulary(config.model.vocab_size)
     else:
         _check_vocabulary_size(config)
+        _check_prompts(config)
         vocabulary = build_vocabulary(config)
         build_objective(config.objective, config.text_lengths, vocabulary)
     sources = [*open_train(config, vocabulary.document_end_id)]
     sources += open_held_out(config, vocabulary.document_end_id).values()
     check_full_stop(vocabulary, config.objective, sources)
+
+
+def _check_prompts(config: RunConfig) -> None:
+    """Check that what a model is to continue leaves it room, which its tokenizer alone tells."""
+    from lmscale.data.tokenizer import load_tokenizer
+    from lmscale.feed.prompts import encode_prompts
+
+    if config.monitor.samples is not None and config.tokenizer is not None:
+        encode_prompts(config, load_tokenizer(config.tokenizer))
 
 
 def _check_vocabulary_size(config: RunConfig) -> None:

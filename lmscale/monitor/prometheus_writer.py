@@ -3,7 +3,8 @@
     lmscale_train_lm_loss{run="gpt3-125m"} 2.97
     lmscale_valid_lm_loss{run="gpt3-125m",corpus="wiki"} 3.01
 
-A tag is the name of a metric with lmscale_ before it and _ where Prometheus takes no other character.
+A tag is the name of a metric with lmscale_ before it and _ where Prometheus takes no other character. Held-out metrics are
+labelled with the corpus, "" where they are of none: Prometheus wants the same labels wherever it finds a name.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmscale.errors import ConfigError
+from lmscale.log import get_logger
 from lmscale.monitor.histogram import Histogram
 from lmscale.monitor.metrics import METRICS, Record
 
+_log = get_logger(__name__)
+
 _KEY = "monitor.prometheus_port"
+_CORPUS = "<corpus>"
+"""In the place of a corpus's name, as in the list of metrics."""
 
 
 class PrometheusWriter:
@@ -43,6 +49,8 @@ class PrometheusWriter:
         self._run = run
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Any] = {}
+        self._tags: dict[str, str] = {}
+        self._left_out: set[str] = set()
         try:
             self._server, self._thread = start_http_server(port, host, self._registry)
         except OSError as error:
@@ -53,20 +61,29 @@ class PrometheusWriter:
         """Serve the values of a record from now on."""
         progress = {"step": record.step, "consumed_samples": record.consumed_samples}
         for tag, value in {**progress, **record.scalars()}.items():
-            kind, place, rest = tag.partition("/")
             labels = {"run": self._run}
-            if kind == "valid" and "/" in rest:
-                labels["corpus"], _, rest = rest.partition("/")
-            self._gauge(kind + place + rest, tag, labels).set(value)
+            kind, _, rest = tag.partition("/")
+            if kind == "valid":
+                corpus, _, name = rest.partition("/") if "/" in rest else ("", "", rest)
+                labels["corpus"], tag = corpus, f"valid/{_CORPUS}/{name}"
+            gauge = self._gauge(tag, labels)
+            if gauge is not None:
+                gauge.labels(**labels).set(value)
 
-    def _gauge(self, tag: str, full_tag: str, labels: Mapping[str, str]) -> Any:
-        name = "lmscale_" + re.sub(r"[^a-zA-Z0-9_]", "_", tag)
+    def _gauge(self, tag: str, labels: Mapping[str, str]) -> Any:
+        """Return the gauge of a tag; None where another tag has its name."""
+        name = "lmscale_" + re.sub(r"[^a-zA-Z0-9_]", "_", tag.replace(f"{_CORPUS}/", ""))
         if name not in self._gauges:
             from prometheus_client import Gauge
 
-            text = next((metric.meaning for metric in METRICS if metric.tag == full_tag), full_tag)
-            self._gauges[name] = Gauge(name, text, list(labels), registry=self._registry)
-        return self._gauges[name].labels(**labels)
+            text = next((metric.meaning for metric in METRICS if metric.tag == tag), tag)
+            self._gauges[name], self._tags[name] = Gauge(name, text, list(labels), registry=self._registry), tag
+        if self._tags[name] == tag:
+            return self._gauges[name]
+        if tag not in self._left_out:
+            _log.warning("Prometheus: %s is not served: its name, %s, is that of %s", tag, name, self._tags[name])
+            self._left_out.add(tag)
+        return None
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
         """Do nothing: Prometheus knows numbers."""

@@ -52,7 +52,7 @@ class Tolerant:
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except (OSError, LmscaleError) as error:
+        except (OSError, ValueError, LmscaleError) as error:  # a library's ValueError: of a name that it does not take
             if not self._is_failing:
                 _log.warning("%s: %s; the run goes on without these records", type(self._writer).__name__, error)
             self._is_failing = True

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lmscale.optim.preview import short
 from lmscale.report.marks import Mark
-from lmscale.report.thinning import thin
+from lmscale.report.thinning import MOST_POINTS, thin
 
 _WIDTH, _HEIGHT = 6.4, 2.7
 """Inches, of 72 SVG units each."""
@@ -30,6 +30,8 @@ _MARK_STYLES: dict[str, dict[str, Any]] = {
     "fault": {"linestyle": "-.", "linewidth": 1.2},
     "first": {"linestyle": "--", "linewidth": 1.2},
 }
+_MOST_TEXTS = 3
+"""Of marks in one place."""
 NUM_COLOURS = 6
 """Series that have a colour of their own."""
 _LOG_FROM = 100.0
@@ -68,7 +70,7 @@ class Chart:
         title: above it.
         x_label, y_label: with units.
         series: at least one point in all.
-        marks: drawn as lines across.
+        marks: drawn as lines across, those of a kind together.
         is_stepped: a value holds until the next.
         may_be_log: a wide range of positive values gets a logarithmic axis.
         starts_at_zero: the vertical axis does.
@@ -94,13 +96,20 @@ def marks_on(marks: Sequence[Mark], steps: Sequence[int], xs: Sequence[float]) -
         xs: where those are on the axis.
 
     Returns:
-        Those within the records; one for each place and kind.
+        Those within the records; one for each kind and place that can be told from others, with the texts of the first.
     """
-    placed: dict[tuple[float, str], list[str]] = {}
+    placed: dict[tuple[int, str], list[tuple[float, str]]] = {}
     for mark in marks:
         if steps and mark.step <= steps[-1]:
-            placed.setdefault((_interpolated(mark.step, steps, xs), mark.kind), []).append(mark.text)
-    return [PlacedMark(x, kind, "; ".join(texts)) for (x, kind), texts in placed.items()]
+            x = _interpolated(mark.step, steps, xs)
+            place = int(MOST_POINTS * x / xs[-1]) if xs[-1] else 0
+            placed.setdefault((place, mark.kind), []).append((x, mark.text))
+    return [PlacedMark(found[0][0], kind, _joined([text for _, text in found])) for (_, kind), found in placed.items()]
+
+
+def _joined(texts: Sequence[str]) -> str:
+    left = len(texts) - _MOST_TEXTS
+    return "; ".join([*texts[:_MOST_TEXTS], *([f"and {left:,} more"] if left > 0 else [])])
 
 
 def _interpolated(step: int, steps: Sequence[int], xs: Sequence[float]) -> float:
@@ -171,9 +180,7 @@ def _draw(chart: Chart, lines: list[tuple[str, list[float], list[float]]]) -> tu
             colour = _COLOURS[f"series-{number % NUM_COLOURS}"]
             axes.plot(x, y, color=colour, linewidth=1.3, gid=f"curve-{chart.key}-{number}", **style, **dotted)
         _scale(axes, chart, [value for _, _, y in lines for value in y if math.isfinite(value)])
-        for number, mark in enumerate(chart.marks):
-            colour, gid = _MARK_COLOURS[mark.kind], f"mark-{chart.key}-{number}"
-            axes.axvline(mark.x, color=colour, gid=gid, zorder=1, **_MARK_STYLES[mark.kind])
+        _draw_marks(axes, chart)
         axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         if axes.get_yscale() == "linear":
@@ -190,6 +197,22 @@ def _scale(axes: Any, chart: Chart, values: list[float]) -> None:
         axes.set_yscale("log")
     elif chart.starts_at_zero:
         axes.set_ylim(bottom=0)
+
+
+def _draw_marks(axes: Any, chart: Chart) -> None:
+    """Draw the marks of a kind as one: a thousand lines of their own would take a minute."""
+    from matplotlib.collections import LineCollection
+
+    for kind in dict.fromkeys(mark.kind for mark in chart.marks):
+        style = dict(_MARK_STYLES[kind])
+        top = style.pop("ymax", 1.0)
+        lines = [[(mark.x, 0.0), (mark.x, top)] for mark in chart.marks if mark.kind == kind]
+        across = axes.get_xaxis_transform()
+        gid = f"mark-{chart.key}-{kind}"
+        drawn = LineCollection(lines, colors=_MARK_COLOURS[kind], transform=across, gid=gid, zorder=1, **style)
+        axes.add_collection(drawn, autolim=False)
+    axes.update_datalim([(mark.x, 0.0) for mark in chart.marks], updatey=False)
+    axes.autoscale_view(scaley=False)
 
 
 def _tick(value: float) -> str:

@@ -65,7 +65,7 @@ def tables(found: RunComparison, names: tuple[str, str]) -> list[Table]:
         ("Environment", ["", *names], _keys(found.environment)),
         ("Metrics", columns, rows),
         ("Measured, medians", ["", *names], medians),
-        ("In one run alone", ["metric", "run"], [list(each) for each in found.only]),
+        ("In one run alone", ["metric", "run"], [[tag, names[number]] for tag, number in found.only]),
     ]
     return [each for each in every if each[2]]
 

@@ -34,7 +34,7 @@ class Mark:
     Attributes:
         step: at its end; a start goes on behind it.
         kind: milestone: by the schedules; start: the run was started again; skip: steps without an update; fault: the
-            fault policy spoke; first: two runs that are compared part.
+            fault policy spoke, or a save failed; first: two runs that are compared part.
         text: what, in words.
     """
 
@@ -64,22 +64,36 @@ def known_milestones_of(run: RunFiles) -> list[Mark]:
 
 def events_of(run: RunFiles) -> list[Mark]:
     """List what happened to a run, by step."""
-    return sorted([*_starts(run), *_skips(run), *_faults(run)], key=lambda mark: mark.step)
+    return sorted([*_starts(run), *_skips(run), *_faults(run), *_failed_saves(run)], key=lambda mark: mark.step)
 
 
-def _starts(run: RunFiles) -> Iterator[Mark]:
-    """Yield the starts after the first, with the reason where the supervisor noted one."""
-    reasons = list(run.manifest.get("restarts", []))
+def _starts(run: RunFiles) -> list[Mark]:
+    """List the starts after the first, with the reason where the supervisor noted one.
+
+    A start that goes on from a step discards what was done beyond it, so the starts beyond it are not of this run's past;
+    nor is any before a start that was told to go on from nothing.
+    """
+    if _begins_anew(run):
+        return []
+    found: list[Mark] = []
+    reasons = list(run.manifest.get("restarts") or [])
     for start in run.starts()[1:]:
         step = start.get("resume_step") or 0
+        found = [mark for mark in found if mark.step <= step]
         # A restart that found the run as the start before did is noted at the same step: the first fits.
         noted = next((each for each in reasons if each.get("resumed_step") == step), None)
         when = start.get("started_at", "")
         if noted is None:
-            yield Mark(step, "start", f"started again at {when}")
+            found.append(Mark(step, "start", f"started again at {when}"))
         else:
             reasons.remove(noted)
-            yield Mark(step, "start", f"restarted at {when}: {noted.get('reason', '')}")
+            found.append(Mark(step, "start", f"restarted at {when}: {noted.get('reason', '')}"))
+    return found
+
+
+def _begins_anew(run: RunFiles) -> bool:
+    is_told = isinstance(run.config, RunConfig) and run.config.checkpoint.resume == "never"
+    return is_told and not run.manifest.get("resume_step")
 
 
 def _skips(run: RunFiles) -> Iterator[Mark]:
@@ -94,6 +108,18 @@ def _skips(run: RunFiles) -> Iterator[Mark]:
             yield Mark(record[STEP], "skip", " ".join(filter(None, (f"{number} {plural} without an update", where))))
         if count is not None or metrics.TRAIN_LM_LOSS in record:
             before, before_step = int(count or before), record[STEP]
+
+
+def _failed_saves(run: RunFiles) -> Iterator[Mark]:
+    """Yield the records in which the count of failed saves has grown; each start counts anew."""
+    before = 0
+    for record in run.records:
+        count = record.get(metrics.CHECKPOINT_FAILED_SAVES)
+        if count is not None:
+            if count > before:
+                number = int(count - before)
+                yield Mark(record[STEP], "fault", f"{number} {'saves' if number > 1 else 'save'} failed")
+            before = int(count)
 
 
 def _faults(run: RunFiles) -> Iterator[Mark]:

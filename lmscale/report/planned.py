@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lmscale.plan.device_types import DEVICE_TYPES, DeviceType, reported_type
 from lmscale.plan.memory import DeviceBytes, StateBytes, device_bytes, moment_width, zero_bytes
 from lmscale.plan.run_memory import chosen_layout, size
 from lmscale.plan.step_time import predict_step_seconds
-from lmscale.report.run_files import STEP, STEP_TIMES, RunFiles
+from lmscale.report.run_files import PROGRESS, STEP, STEP_TIMES, Json, RunFiles
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ def planned_rows(run: RunFiles) -> tuple[list[PlannedRow], str]:
     Raises:
         LmscaleError: if the run's config or its layout cannot be read.
     """
-    config, layout = run.config, run.manifest.get("layout")
+    config, layout = run.config, run.section("layout")
     if not isinstance(config, RunConfig):
         raise config
-    if not isinstance(layout, dict):
-        raise ConfigError("has no layout", field="manifest.json")
+    if not all(isinstance(layout.get(name), int) for name in ("dp_size", "zero_stage")):
+        raise ConfigError("has no layout with dp_size and zero_stage", field="manifest.json")
     kind = _device_type(run)
     candidate = chosen_layout(
         config, _zero(config, layout), layout["dp_size"], device_type="cpu" if kind == DEVICE_TYPES["cpu"] else "cuda"
@@ -63,10 +64,10 @@ def planned_rows(run: RunFiles) -> tuple[list[PlannedRow], str]:
 
 
 def _device_type(run: RunFiles) -> DeviceType | None:
-    device = run.manifest.get("device") or {}
+    device = run.section("device")
     if device.get("type") == "cpu":
         return DEVICE_TYPES["cpu"]
-    return reported_type(device["name"], device["memory_bytes"]) if "name" in device else None
+    return reported_type(device["name"], device["memory_bytes"]) if {"name", "memory_bytes"} <= device.keys() else None
 
 
 def _zero(config: RunConfig, layout: dict[str, int]) -> ZeroChoice:
@@ -111,18 +112,23 @@ def _predicted_seconds(config: RunConfig, candidate: Candidate, kind: DeviceType
 
 
 def _full_size_median(run: RunFiles, config: RunConfig, tag: str) -> float:
-    """Take the median over the records of steps of full batch size and length, without the first, which warms up."""
-    full = config.batch.global_batch_size
-    begun = {start.get("resume_step") or 0 for start in run.starts()}
-    firsts = {min((record[STEP] for record in run.records if record[STEP] > step), default=0) for step in begun}
-    values = [
-        record[tag]
-        for record in run.records
-        if record.get(tag) is not None
-        and record.get(metrics.TRAIN_GLOBAL_BATCH_SIZE) == full
-        and record[STEP] not in firsts
-    ]
+    """Take the median over the last start's records of full batch size and length, without the first, which warms up.
+
+    A record is over the steps behind the one before: what these have consumed tells their batch size and length.
+    """
+    full, length = config.batch.global_batch_size, config.lengths.nominal
+    values = []
+    for before, record in itertools.pairwise(each for each in _of_last_start(run) if each.get(tag) is not None):
+        steps, samples, tokens = (record[key] - before[key] for key in PROGRESS)
+        if samples == full * steps and tokens == length * samples:
+            values.append(record[tag])
     return statistics.median(values) if values else math.nan
+
+
+def _of_last_start(run: RunFiles) -> list[Json]:
+    """List the records of the start that the plan is for: those before it may be of another layout."""
+    begun = run.manifest.get("resume_step") or 0
+    return [record for record in run.records if record[STEP] > begun]
 
 
 def _memory(run: RunFiles, config: RunConfig, candidate: Candidate) -> Iterator[PlannedRow]:
@@ -135,7 +141,7 @@ def _memory(run: RunFiles, config: RunConfig, candidate: Candidate) -> Iterator[
     ):
         yield _bytes_row(f"{kind}, of the rank with most", max(getattr(each, kind) for each in states), run, tag)
     peak = max(_device_bytes(config, candidate, stage) for stage in stages)
-    is_cpu = (run.manifest.get("device") or {}).get("type") == "cpu"
+    is_cpu = run.section("device").get("type") == "cpu"
     what = "peak of the process, interpreter and libraries included" if is_cpu else "peak, of the rank with most"
     yield _bytes_row(what, peak, run, metrics.MEMORY_PEAK_BYTES)
 
@@ -173,7 +179,8 @@ def _device_bytes(config: RunConfig, candidate: Candidate, stage: int) -> int:
 
 
 def _bytes_row(what: str, planned: int, run: RunFiles, tag: str) -> PlannedRow:
-    measured = max((value for value in run.curve(tag).values if math.isfinite(value)), default=math.nan)
+    found = (record.get(tag) for record in _of_last_start(run))
+    measured = max((value for value in found if value is not None and math.isfinite(value)), default=math.nan)
     shown = "not measured" if math.isnan(measured) else size(measured)
     return PlannedRow(what, size(planned), shown, measured / planned if planned else math.nan)
 

@@ -81,7 +81,7 @@ class RunComparison:
         environment: versions, commits, layout, devices, hosts and corpora.
         metrics: of what training computes; those that differ earliest first, then those that do not differ.
         measured: of what the machine did.
-        only: tags that one of the runs alone has, and which.
+        only: tags that one of the runs alone has, and which: 0 or 1.
         tolerance: relative.
     """
 
@@ -89,7 +89,7 @@ class RunComparison:
     environment: list[KeyDifference]
     metrics: list[MetricDifference]
     measured: list[Medians]
-    only: list[tuple[str, str]]
+    only: list[tuple[str, int]]
     tolerance: float
 
     @property
@@ -120,9 +120,8 @@ def compare_runs(one: RunFiles, other: RunFiles, tolerance: float = TOLERANCE) -
     trained = [_metric(tag, one, other, tolerance) for tag in both if not tag.startswith(_MEASURED)]
     trained.sort(key=lambda each: math.inf if each.first is None else each.first.step)
     measured = [Medians(tag, *(_median(run, tag) for run in (one, other))) for tag in both if tag.startswith(_MEASURED)]
-    only = [
-        (tag, run.name) for run, tags in ((one, other.tags), (other, one.tags)) for tag in run.tags if tag not in tags
-    ]
+    tags = (one.tags, other.tags)
+    only = [(tag, number) for number in (0, 1) for tag in tags[number] if tag not in tags[1 - number]]
     return RunComparison(
         [each for each in _differences(one.keys, other.keys) if each.key != "output_dir"],
         list(_differences(_environment(one), _environment(other))),
@@ -156,7 +155,7 @@ def _median(run: RunFiles, tag: str) -> float:
 
 
 def _environment(run: RunFiles) -> dict[str, Any]:
-    return {name: run.manifest.get(name, {}) for name in ("versions", "git", "layout", "device", "hosts", "data")}
+    return {name: run.manifest.get(name) or {} for name in ("versions", "git", "layout", "device", "hosts", "data")}
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[KeyDifference]:

@@ -85,11 +85,16 @@ class RunFiles:
         values = [math.nan if record[tag] is None else float(record[tag]) for record in found]
         return Curve(tag, [record[STEP] for record in found], [record[TOKENS] for record in found], values)
 
+    def section(self, name: str) -> Json:
+        """Return an object of manifest.json, empty where there is none."""
+        found = self.manifest.get(name)
+        return found if isinstance(found, dict) else {}
+
     def starts(self) -> list[Json]:
         """List the manifests of all starts of the run, the first first."""
         if not self.manifest:
             return []
-        return [*self.manifest.get("earlier_starts", []), self.manifest]
+        return [*(self.manifest.get("earlier_starts") or []), self.manifest]
 
     def extra(self, name: str) -> Json:
         """Read another JSON file of the directory, empty where there is none."""
@@ -119,14 +124,14 @@ def read_run(directory: Path) -> RunFiles:
 
 
 def _record(line: bytes) -> Json | None:
-    """Read a line; None where it is torn, as the last one of a run that is writing may be."""
+    """Read a line, and of it what are numbers; None where it is torn, as the last one of a run that is writing may be."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
     if not isinstance(record, dict) or not all(isinstance(record.get(key), int) for key in PROGRESS):
         return None
-    return record
+    return {tag: value for tag, value in record.items() if value is None or isinstance(value, int | float)}
 
 
 def _read_json(path: Path) -> Json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from html import escape
 from typing import Any
@@ -66,7 +67,7 @@ def _key(marks: list[Mark]) -> str:
         "milestone": "dotted: a milestone of the schedules",
         "start": "dashed: the run was started again",
         "skip": "at the bottom: steps without an update",
-        "fault": "dashed and dotted: a fault",
+        "fault": "dashed and dotted: a fault, or a save that failed",
     }
     kinds = dict.fromkeys(mark.kind for mark in marks)
     items = (
@@ -120,14 +121,14 @@ def _plan(run: RunFiles) -> str:
     cells = [
         [row.what, row.planned, row.measured, f"{row.ratio:.2f}" if row.ratio == row.ratio else ""] for row in rows
     ]
-    note = "Times are medians over the records of full batch size, without the first of each start."
+    note = "Measured since the last start; times are medians over its records of full batch size and length, without the first."
     head = paragraph(f"Planned for {where}. {note}", "soft")
     return head + table(["", "planned", "measured", "measured / planned"], cells, (1, 2, 3))
 
 
 def _step_times(run: RunFiles) -> str:
     found = run.extra(STEP_TIMES)
-    if not found:
+    if not {"ranks", "steps", "step"} <= found.keys():
         return ""
     rows = [
         [
@@ -149,15 +150,16 @@ def _environment(run: RunFiles) -> str:
     manifest = run.manifest
     if not manifest:
         return paragraph("manifest.json is not there.", "soft")
-    rows = [[name, str(value)] for name, value in manifest.get("versions", {}).items()]
-    rows += [[f"commit of {name}", str(value)] for name, value in manifest.get("git", {}).items() if value]
-    rows += [["hosts", ", ".join(manifest.get("hosts", []))]]
-    rows += [["device", _inline(manifest["device"])]] if manifest.get("device") else []
-    rows += [["layout", _inline(manifest.get("layout", {}))], ["command", " ".join(manifest.get("command", []))]]
-    rows += [[f"corpus {prefix}", str(digest)] for prefix, digest in manifest.get("data", {}).items()]
+    rows = [[name, str(value)] for name, value in run.section("versions").items()]
+    rows += [[f"commit of {name}", str(value)] for name, value in run.section("git").items() if value]
+    rows += [["hosts", ", ".join(map(str, manifest.get("hosts") or []))]]
+    rows += [["device", _inline(run.section("device"))]] if run.section("device") else []
+    rows += [["layout", _inline(run.section("layout"))]]
+    rows += [["command", shlex.join(map(str, manifest.get("command") or []))]]
+    rows += [[f"corpus {prefix}", str(digest)] for prefix, digest in run.section("data").items()]
     rows += [
-        ["last start", manifest.get("started_at", "")],
-        ["sha256 of config.yaml", manifest.get("config_sha256", "")],
+        ["last start", str(manifest.get("started_at") or "")],
+        ["sha256 of config.yaml", str(manifest.get("config_sha256") or "")],
     ]
     trained_s = _trained_s(run)
     rows += [["time in training steps", format_duration(trained_s)]] if trained_s else []

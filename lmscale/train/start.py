@@ -301,7 +301,7 @@ def _writers(config: RunConfig, step: int) -> list[Writer]:
 
 
 def _open_books(config: RunConfig, layout: dict[str, int], extra: dict[str, Any]) -> list[Writer]:
-    """Write config.yaml and manifest.json and open the writers.
+    """Write config.yaml, open the writers and write manifest.json: a start whose writers fail is no start of the run.
 
     Raises:
         OutputError: if output_dir cannot be written.
@@ -311,8 +311,13 @@ def _open_books(config: RunConfig, layout: dict[str, int], extra: dict[str, Any]
         output_dir.mkdir(parents=True, exist_ok=True)
         with replaced(output_dir / CONFIG_FILE) as file:
             file.write(show(config).encode())
-        write_manifest(output_dir / MANIFEST, config, layout, sys.argv, extra)
-        return _writers(config, extra["resume_step"])
+        with contextlib.ExitStack() as opened:
+            writers = _writers(config, extra["resume_step"])
+            for writer in writers:
+                opened.callback(writer.close)
+            write_manifest(output_dir / MANIFEST, config, layout, sys.argv, extra)
+            opened.pop_all()
+        return writers
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", field="output_dir", value=str(output_dir)) from None
 

@@ -37,17 +37,23 @@ class Trace:
         self._begin = max(config.start_step - 1, step + 1)
         self._profiler: Any = None
         self._is_over = rank not in config.ranks or step >= config.start_step
-        self._last = 0
+        self._first = self._last = 0
+
+    @property
+    def _end(self) -> int:
+        return self._config.start_step + self._config.num_steps - 1
 
     def before(self, step: int) -> None:
-        """Begin to record, if this is the step."""
-        if self._is_over or self._profiler is not None or step != self._begin:
+        """Begin to record, if this is the step, or the first behind it that is not skipped."""
+        if self._profiler is not None and not self._last < step <= self._end:  # rewound, or the last step is skipped
+            self._stop()
+        if self._is_over or self._profiler is not None or not self._begin <= step <= self._end:
             return
+        self._first = max(step, self._config.start_step)
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        warm_up = self._config.start_step - self._begin
-        plan = torch.profiler.schedule(wait=0, warmup=warm_up, active=self._config.num_steps, repeat=1)
+        plan = torch.profiler.schedule(wait=0, warmup=self._first - step, active=self._end - self._first + 1, repeat=1)
         self._profiler = torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=self._write)
         self._profiler.start()
 
@@ -57,21 +63,29 @@ class Trace:
             return
         self._last = step
         self._profiler.step()
-        if step >= self._config.start_step + self._config.num_steps - 1:
-            self.close()
+        if step >= self._end:
+            self._stop()
 
     def close(self) -> None:
-        """End the recording; what there is of it is written."""
+        """End the recording; what there is of it is written, and told where there is nothing."""
         if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler, self._is_over = None, True
+            self._stop()
+        if not self._is_over:
+            _log.warning("monitor.trace: none of the steps %d to %d was trained", self._config.start_step, self._end)
+            self._is_over = True
+
+    def _stop(self) -> None:
+        self._profiler.stop()
+        self._profiler, self._is_over = None, self._last >= self._first
 
     def _write(self, profiler: Any) -> None:
-        path = trace_file(self._output_dir, self._rank, self._config.start_step, self._last)
+        if self._last < self._first:  # the profiler has only warmed up
+            return
+        path = trace_file(self._output_dir, self._rank, self._first, self._last)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
             _log.warning("%s cannot be written: %s; the run goes on without it", path, error)
         else:
-            _log.info("timeline of steps %d to %d: %s", self._config.start_step, self._last, path)
+            _log.info("timeline of steps %d to %d: %s", self._first, self._last, path)

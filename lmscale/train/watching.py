@@ -6,7 +6,7 @@ import json
 import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +40,9 @@ class Watching:
         self._run, self._monitor = run, run.config.monitor
         topology, trace = run.engine.topology, self._monitor.trace
         output_dir = Path(run.config.output_dir)
+        if topology.rank == 0:
+            with suppress(OSError):  # what a former start measured is not of this one
+                (output_dir / STEP_TIMES).unlink(missing_ok=True)
         self._clock = StepClock(run.engine) if self._monitor.step_times else None
         self._trace = trace and Trace(trace, output_dir, topology.rank, topology.device, run.progress.step)
         self._times: list[RankTime] = []

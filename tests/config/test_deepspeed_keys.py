@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from lmscale.config.deepspeed_keys import KEYS
+from tests.config.test_deepspeed_json import AGREEMENTS, DS_CONFIGS
 
 TOP_LEVEL = {path for path in KEYS if "." not in path}
 # Dictionaries that hold the whole JSON, by the names that DeepSpeed gives them.
@@ -167,6 +169,60 @@ def test_table_holds_no_key_that_deepspeed_no_longer_knows() -> None:
 
 def test_keys_removed_from_deepspeed_are_refused() -> None:
     assert {name for name in removed_keys() if KEYS[name].status != "refused"} == set()
+
+
+def used_in_tests() -> set[str]:
+    """Collect the keys, by dotted path, that tests give to DeepSpeed."""
+    this, root = Path(__file__), Path(__file__).parents[1]
+    trees = [ast.parse(path.read_text()) for path in root.rglob("*.py") if path != this]
+    return {path for tree in trees for path in _keys_given(tree)} | {path for path, *_ in AGREEMENTS}
+
+
+def _keys_given(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted paths of nested dictionaries and of names like deepspeed__zero_optimization__stage."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            yield from _paths(node)
+        elif isinstance(node, ast.keyword) and (node.arg or "").startswith("deepspeed__"):
+            yield from _path_and_below(str(node.arg), node.value)
+
+
+def _paths(node: ast.Dict, above: str = "") -> Iterator[str]:
+    for key, value in zip(node.keys, node.values, strict=True):
+        if isinstance(key, ast.Constant) and isinstance(key.value, str):
+            yield from _path_and_below(above + key.value, value)
+
+
+def _path_and_below(name: str, value: ast.expr) -> Iterator[str]:
+    path = name.replace("__", ".").removeprefix("deepspeed.")
+    yield path
+    if isinstance(value, ast.Dict):
+        yield from _paths(value, f"{path}.")
+
+
+def paths_in(keys: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Yield the dotted paths of a JSON."""
+    for name, value in keys.items():
+        yield above + name
+        if isinstance(value, dict):
+            yield from paths_in(value, f"{above}{name}.")
+
+
+def test_keys_that_are_called_tested_are_used_in_a_test() -> None:
+    ours = {path for file in DS_CONFIGS.glob("*.json") for path in paths_in(json.loads(file.read_text()))}
+    tested = {path for path, key in KEYS.items() if key.status == "tested"}
+    assert len(tested) > 30
+    assert tested - ours - used_in_tests() == set()
+
+
+def test_a_key_that_no_test_uses_would_be_noticed() -> None:
+    given = ast.parse(
+        'run({"a": {"b": 1}, "deepspeed__c__d": {"e": 2}}, deepspeed__f__g=3, deepspeed__h={"i": 4}, j=5)'
+    )
+    found = set(_keys_given(given))
+    assert {"a", "a.b", "c.d", "c.d.e", "f.g", "h", "h.i"} <= found
+    assert not {"j", "d", "g", "c.e"} & found
+    assert "zero_optimization.no_test_uses_this" not in used_in_tests()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 from lmscale.cli.main import main
 from lmscale.config.data import TokenizerConfig
-from lmscale.data import shard_executors
+from lmscale.data import shard_executors, shard_jobs
 from lmscale.data.encode import encode_corpus
 from lmscale.data.indexed import IndexedCorpus
 from lmscale.data.readers import TextReader
@@ -30,6 +31,7 @@ from tests.data.corpora import TEXTS
 
 NEEDS_DATATROVE = "tasks are spread by datatrove: pip install 'lmscale[shards]'"
 NUM_FILES = 6
+SLURM = {"partition": "cpu", "time": "01:00:00"}
 
 
 @pytest.fixture
@@ -154,6 +156,51 @@ def test_damaged_and_missing_shards_are_named(text: Path, config: TokenizerConfi
     list_path(prefix).write_text("{}")
     with pytest.raises(DataError, match="is no list of shards"):
         read_shards(prefix)
+
+
+def test_an_empty_file_makes_an_empty_shard(text: Path, config: TokenizerConfig, tmp_path: Path) -> None:
+    for name in ("part-1b.jsonl", "part-6.jsonl"):
+        (text / name).write_text("")
+    one = whole_of(text, config, tmp_path / "one")
+    job = make_job([str(text / "*.jsonl")], config, tmp_path / "many", NUM_FILES + 2, TextReader())
+    job = dataclasses.replace(job, files=tuple((name,) for part in job.files for name in part))  # as a shard per file
+    many = encode_all(job)
+    assert [shard.tokens == 0 for shard in read_shards(tmp_path / "many").shards] == [n in (2, 7) for n in range(8)]
+    assert job.missing() == []
+    np.testing.assert_array_equal(many.document_offsets, one.document_offsets)
+    np.testing.assert_array_equal(np.asarray(many.tokens), np.asarray(one.tokens))
+    nothing = dataclasses.replace(job, prefix=str(tmp_path / "nothing"), files=job.files[2:3])
+    with pytest.raises(DataError, match="nothing: holds no documents"):
+        encode_all(nothing)
+    assert not list_path(tmp_path / "nothing").exists()
+
+
+def test_what_is_there_is_hashed_once_to_be_known_as_done(
+    text: Path, config: TokenizerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_all(job_of(text, config, tmp_path / "c"))
+    hashed: list[Path] = []
+    original = shard_jobs.sha256_of_file
+    monkeypatch.setattr(shard_jobs, "sha256_of_file", lambda path: (hashed.append(path), original(path))[1])
+    monkeypatch.setattr(shard_executors, "check_executor", lambda *_: None)
+    assert tokenize(text, config, tmp_path / "c", "--executor", "local", "--shards", "3") == 0
+    assert [path.name for path in hashed] == [f"c-0000{number}.idx" for number in range(3)]
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(
+    text: Path,
+    config: TokenizerConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard_executors, "check_executor", lambda *_: None)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", Path("/proc/nowhere")):
+        assert tokenize(text, config, place / "c", "--executor", "local", "--workers", "1") == 2
+        error = capsys.readouterr().err
+        assert f"{place}/c.shards: cannot be written" in error
+        assert error.count("\n") == 1
 
 
 def test_a_shard_is_made_again_where_its_files_or_its_reader_changed(
@@ -318,8 +365,9 @@ def test_slurm_runs_an_array_of_tasks_and_the_list_appears_when_all_are_done(
     options = ["--slurm", "partition=cpu", "--slurm", "time=01:00:00", "--slurm", "account=us"]
     assert tokenize(text, config, tmp_path / "c", "--executor", "slurm", "--shards", "3", *options) == 0
     script = (slurm / "script-0").read_text()
-    for line in ("--array=0-1", "--partition=cpu", "--time=01:00:00", "--account=us", "--wait", "--cpus-per-task=1"):
+    for line in ("--array=0-1", "--partition=cpu", "--time=01:00:00", "--account=us", "--cpus-per-task=1"):
         assert f"#SBATCH {line}" in script, script
+    assert "#SBATCH --wait" in script.splitlines()  # a flag: sbatch refuses --wait=
     one, many = whole_of(text, config, tmp_path / "one"), IndexedCorpus(tmp_path / "c")
     np.testing.assert_array_equal(np.asarray(many.tokens), np.asarray(one.tokens))
 
@@ -353,6 +401,8 @@ def test_ray_gets_a_task_for_each_shard(text: Path, config: TokenizerConfig, tmp
         ("ray", "ray", {}, r"needs ray, which is not installed; pip install 'lmscale\[ray\]'"),
         ("slurm", "", {}, "needs sbatch, which is not on the PATH"),
         ("local", "", {"partition": "cpu"}, "is read with --executor slurm only"),
+        ("slurm", "", SLURM | {"mem_per_cpu_gb": "2G"}, "--slurm mem_per_cpu_gb = '2G': must be a whole number of GB"),
+        ("slurm", "", SLURM | {"mem_per_cpu_gb": "0"}, "must be a whole number of GB"),
     ],
 )
 def test_what_an_executor_lacks_is_named(
@@ -366,7 +416,7 @@ def test_what_an_executor_lacks_is_named(
     monkeypatch.setattr(
         shard_executors.importlib.util, "find_spec", lambda name: None if name == absent else found("json")
     )
-    monkeypatch.setattr(shard_executors.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shard_executors.shutil, "which", lambda name: "sbatch" if options else None)
     with pytest.raises(ConfigError, match=part):
         check_executor(executor, options)
 

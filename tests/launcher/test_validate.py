@@ -95,7 +95,12 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     size = processor.get_piece_size()
     config = make_run(tmp_path, f"tokenizer.path={tmp_path / 'tok.model'}")
     assert f"has {size} entries" in refusal(config)
-    validate_run(make_run(tmp_path, f"tokenizer.path={tmp_path / 'tok.model'}", f"model.vocab_size={size}"), 1)
+    sound = (f"tokenizer.path={tmp_path / 'tok.model'}", f"model.vocab_size={size}")
+    validate_run(make_run(tmp_path, *sound), 1)
+    samples = (*sound, "monitor.tensorboard=true", "monitor.samples.max_new_tokens=26")
+    validate_run(make_run(tmp_path, *samples, "monitor.samples.prompts=[w12]"), 1)
+    refused = refusal(make_run(tmp_path, *samples, "monitor.samples.prompts=[w1234567]"))
+    assert "monitor.samples.prompts = 'w1234567': must have from 1 to 6 tokens" in refused
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
@@ -234,6 +239,14 @@ def test_wandb_is_asked_for_before_the_ranks_start(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     assert "needs the wandb package; pip install lmscale[wandb]" in refusal(make_run(tmp_path, "monitor.wandb=true"))
+
+
+def test_prometheus_is_asked_for_before_the_ranks_start(tmp_path, monkeypatch):
+    find_spec, package = importlib.util.find_spec, "prometheus_client"
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    refused = refusal(make_run(tmp_path, "monitor.prometheus_port=9464"))
+    assert "monitor.prometheus_port = 9464: needs the prometheus-client package; pip install lmscale[prom" in refused
 
 
 class TestOutputDir:

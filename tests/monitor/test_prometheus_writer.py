@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import random
 import socket
 import urllib.error
 import urllib.request
@@ -21,9 +24,12 @@ LOCAL = "127.0.0.1"
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOCAL, 0))
-        return int(probe.getsockname()[1])
+    """A free port below those that the kernel gives out, which another test's socket may get before it is opened."""
+    for number in random.SystemRandom().sample(range(20_000, 32_000), 20):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOCAL, number))
+            return number
+    raise AssertionError("no free port in 20 tries")
 
 
 def scrape(port: int) -> dict[tuple[str, str | None], tuple[float, str]]:
@@ -52,6 +58,35 @@ def test_the_newest_values_are_served_by_run_and_corpus(port: int) -> None:
     assert found["lmscale_progress_consumed_tokens", None][0] == 160
     with pytest.raises(urllib.error.URLError):
         scrape(port)
+
+
+def test_every_held_out_metric_has_a_corpus_and_its_meaning(port: int) -> None:
+    writer = PrometheusWriter("gpt", port, LOCAL)
+    try:
+        writer.write(Record(1, 8, 80, {"valid/dev/f1": 0.5, "valid/wiki/lm_loss": 4.0}))
+        writer.write(Record(2, 16, 160, {"valid/f1": 0.25, "train/lm_loss": 2.0}))
+        found = scrape(port)
+    finally:
+        writer.close()
+    assert [found["lmscale_valid_f1", corpus][0] for corpus in ("dev", "")] == [0.5, 0.25]
+    assert found["lmscale_valid_lm_loss", "wiki"][1] == "mean cross entropy on a held-out corpus"
+    assert found["lmscale_valid_f1", "dev"][1] == "valid/<corpus>/f1"
+    assert found["lmscale_train_lm_loss", None][0] == 2.0
+
+
+def test_tags_of_one_name_do_not_overwrite_each_other(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    writer = PrometheusWriter("gpt", port, LOCAL)
+    try:
+        with caplog.at_level(logging.WARNING):
+            for step in (1, 2):
+                writer.write(Record(step, 8, 80, {"train/a_b": 1.0, "train/a.b": 2.0, "train/c": 3.0}))
+        found = scrape(port)
+    finally:
+        writer.close()
+    assert found["lmscale_train_a_b", None][0] == 1.0
+    assert found["lmscale_train_c", None][0] == 3.0
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["Prometheus: train/a.b is not served: its name, lmscale_train_a_b, is that of train/a_b"]
 
 
 def test_a_port_is_given_back_and_a_taken_one_is_refused(port: int, tmp_path: Path) -> None:

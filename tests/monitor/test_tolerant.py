@@ -16,11 +16,11 @@ from lmscale.monitor.writers import build_writers
 
 class Failing:
     def __init__(self):
-        self.fails, self.written = True, []
+        self.fails, self.written, self.error = True, [], OSError(28, "No space left on device")
 
     def write(self, record):
         if self.fails:
-            raise OSError(28, "No space left on device")
+            raise self.error
         self.written.append(record.step)
 
     def text(self, tag, markdown, step=None):
@@ -47,6 +47,13 @@ def test_a_failure_is_told_once_and_its_end_too(caplog):
         (False, True),
         (True, False),
     ]
+
+
+def test_a_value_that_a_library_does_not_take_ends_nothing(caplog):
+    failing = Failing()
+    failing.error = ValueError("Incorrect label names")
+    Tolerant(failing).write(Record(1, 0, 0))
+    assert "Failing: Incorrect label names; the run goes on without these records" in caplog.text
 
 
 def test_records_of_a_full_disk_come_when_there_is_room(tmp_path, request):

@@ -54,6 +54,9 @@ BROKEN: list[tuple[Keys, str]] = [
     (_keys(TAGS, {"pooling": "last"}), "adapt.pooling = 'last': is not read: a word's class is told from"),
     (_keys(TAGS, {"head": "attention"}), "adapt.head = 'attention': averages over a sequence"),
     (_keys(CLASSES, {"head": "attention", "pooling": "cls"}), "adapt.pooling = 'cls': is not read: adapt.head: attent"),
+    (_keys(CLASSES, {}, monitor={"step_times": True}), "monitor.step_times: is not read by adapt.method: probing"),
+    (_keys(CLASSES, {}, monitor={"trace": {"start_step": 2}}), "monitor.trace: is not read by adapt.method: probing"),
+    (_keys(CLASSES, {}, monitor={"histogram_interval": 2}), "monitor.histogram_interval: is not read by adapt.method"),
     (_keys({**CLASSES, "output": "head"}, {"pooling": "cls"}, "gpt"), "adapt.pooling = 'cls': gpt has no token"),
     (
         _keys(CLASSES, {"layers": [1, 5]}),

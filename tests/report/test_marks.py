@@ -23,6 +23,32 @@ def test_starts_carry_the_reason_that_the_supervisor_noted(tmp_path: Path) -> No
     ]
 
 
+def test_starts_of_a_discarded_past_are_not_marked(tmp_path: Path) -> None:
+    manifest = {
+        "started_at": "D",
+        "resume_step": 15,
+        "earlier_starts": [
+            {"started_at": name, "resume_step": step} for name, step in (("A", 0), ("B", 10), ("C", 20))
+        ],
+    }
+    run = write_run(tmp_path / "run", plain_records(range(1, 31)), manifest)
+    assert [(mark.step, mark.text[-1]) for mark in events_of(read_run(run))] == [(10, "B"), (15, "D")]
+    anew = write_run(
+        tmp_path / "anew", plain_records(range(1, 31)), manifest | {"resume_step": 0}, checkpoint__resume="never"
+    )
+    assert events_of(read_run(anew)) == []
+
+
+def test_failed_saves_are_marked_where_their_count_grows(tmp_path: Path) -> None:
+    counts = {5: 0, 10: 1, 15: 1, 20: 3, 25: 0, 30: 1}  # from 25 on, of another start
+    records = [record(step, checkpoint__failed_saves=count) for step, count in counts.items()]
+    assert events_of(read_run(write_run(tmp_path / "run", records))) == [
+        Mark(10, "fault", "1 save failed"),
+        Mark(20, "fault", "2 saves failed"),
+        Mark(30, "fault", "1 save failed"),
+    ]
+
+
 def test_skips_are_told_where_their_count_grows(tmp_path: Path) -> None:
     counts = {5: 2, 10: 2, 15: 3, 16: 4}
     records = [record(step, train__lm_loss=1.0, train__skipped_steps=count) for step, count in counts.items()]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmscale.cli.main import main
+from lmscale.report.compare_page import names_of, tables
 from lmscale.report.run_compare import Pair, compare_runs
 from lmscale.report.run_files import read_run
 from tests.report.runs import plain_records, record, write_run
@@ -82,6 +83,31 @@ def test_runs_without_a_common_step_are_said_to_have_none(tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert "no metric of a step in common" in " ".join(out.split())
     assert "valid/wiki/lm_loss" in out
+
+
+def test_values_are_shown_whole_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = ["x" * 90, "y" * 90]
+    records = [plain_records(range(1, 6)), [record(1, train__lm_loss=1.0)]]
+    runs = [
+        write_run(tmp_path / name / "run", found, {"git": {"lmscale": value}})
+        for name, found, value in zip("ab", records, values, strict=True)
+    ]
+    assert main(["compare", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert [out.count(value[0]) >= 90 for value in values] == [True, True]
+    assert "\u2026" not in out
+
+
+def test_a_metric_of_one_run_is_told_with_the_runs_directory(tmp_path: Path) -> None:
+    one, other = (
+        read_run(write_run(tmp_path / name / "run", [record(1, **tags)]))
+        for name, tags in (("a", {"train__lr": 1.0}), ("b", {"train__lr": 1.0, "train__grad_norm": 2.0}))
+    )
+    found = compare_runs(one, other)
+    assert found.only == [("train/grad_norm", 1)]
+    only = {title: rows for title, _, rows in tables(found, names_of(one, other))}["In one run alone"]
+    assert only == [["train/grad_norm", str(tmp_path / "b" / "run")]]
 
 
 def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

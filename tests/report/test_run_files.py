@@ -29,6 +29,13 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     assert [each["step"] for each in read_run(run).records] == [1, 2, 3]
 
 
+def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
+    records = [record(1, train__lm_loss="6.0", train__lr=0.1, train__skipped_steps=[1])]
+    run = read_run(write_run(tmp_path / "run", records))
+    assert run.tags == ["train/lr"]
+    assert run.curve("train/lm_loss").values == []
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no directory"):
         read_run(tmp_path / "nothing")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lmscale.cli.main import main
+from lmscale.report.thinning import MOST_POINTS
 from tests.report.runs import plain_records, record, write_run
 
 
@@ -58,7 +59,7 @@ def test_the_page_needs_no_network_and_reads_at_night(tmp_path: Path, capsys: py
 def test_sections_tell_what_happened_and_what_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = {"started_at": "B", "resume_step": 10, "earlier_starts": [{"started_at": "A", "resume_step": 0}]}
     records = [*plain_records(range(1, 21)), record(21, train__lm_loss=None, train__skipped_steps=1)]
-    records[0] |= {"memory/parameter_bytes": 200_000, "memory/gradient_bytes": 200_000, "memory/optimizer_bytes": 1}
+    records[10] |= {"memory/parameter_bytes": 200_000, "memory/gradient_bytes": 200_000, "memory/optimizer_bytes": 1}
     run = write_run(tmp_path / "run", records, manifest)
     html = report(run, capsys)
     assert "started again at B" in html
@@ -71,6 +72,70 @@ def test_sections_tell_what_happened_and_what_was_planned(tmp_path: Path, capsys
     kinds = {text for _, text in charts(html)["loss-by-steps"]["marks"]}
     assert "warm-up ends" in kinds
     assert "started again at B" in kinds
+
+
+def cells(html: str, what: str) -> list[str]:
+    """The row of a table by its first cell."""
+    (row,) = re.findall(rf"<tr><td>{re.escape(what)}</td>(.*?)</tr>", html)
+    return re.findall(r"<td[^>]*>(.*?)</td>", row)
+
+
+def test_the_plan_is_measured_by_its_own_start_at_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = plain_records(range(1, 31))  # of eight ranks, then of two
+    for each in records[20:]:
+        each["perf/step_time_s"] = 0.5
+    for each, seconds in ((records[20], 7.0), (records[21], 0.1), (records[22], 0.2)):
+        each["perf/step_time_s"] = seconds  # warms up; half the length; half the batch
+    records[0]["memory/parameter_bytes"] = 7 * 2**30
+    lost = 0
+    for number, each in enumerate(records[21:]):
+        lost = (128, 256)[number] if number < 2 else 256
+        each["consumed_tokens"] -= lost
+        each["consumed_samples"] -= 4 if number else 0
+    manifest = {"resume_step": 20, "earlier_starts": [{"resume_step": 0}]}
+    html = report(write_run(tmp_path / "run", records, manifest), capsys)
+    assert cells(html, "step time, s")[1] == "0.5"
+    assert cells(html, "parameters, of the rank with most")[1] == "not measured"
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"layout": {"world_size": 2}, "device": {"type": "cuda", "name": "A card"}},
+        {"device": {"type": "cuda", "name": "A card"}},
+        dict.fromkeys(("git", "hosts", "data", "versions", "command", "layout", "restarts", "earlier_starts")),
+    ],
+    ids=["layout", "device", "nulls"],
+)
+def test_a_manifest_that_is_not_whole_is_reported_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], manifest: dict[str, Any]
+) -> None:
+    run = write_run(tmp_path / "run", plain_records(range(1, 4)), manifest)
+    (run / "step_times.json").write_text('{"step": 3, "steps": 3}')
+    html = report(run, capsys)
+    assert ("has no layout with dp_size and zero_stage" in html) == ("layout" in manifest)
+    assert "Step time by rank" not in html
+    assert "<td>hosts</td>" in html
+
+
+def test_a_command_is_shown_as_a_shell_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = {"command": ["pretrain.py", "--config", "my run.yaml"]}
+    html = report(write_run(tmp_path / "run", plain_records(range(1, 4)), manifest), capsys)
+    assert cells(html, "command") == ["pretrain.py --config &#x27;my run.yaml&#x27;"]
+
+
+def test_a_run_of_many_skips_has_as_many_marks_as_can_be_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [record(step, train__lm_loss=1.0, train__skipped_steps=step) for step in range(1, 20_001)]
+    html = report(write_run(tmp_path / "run", records, train__train_tokens=256 * 40_000), capsys)
+    marks = charts(html)["loss-by-steps"]["marks"]
+    skips = [(at, text) for at, text in marks if "without an update" in text]
+    assert 1000 < len(skips) <= MOST_POINTS + 1
+    assert skips[0][1].endswith("1 step without an update; and 13 more")
+    assert html.count('id="mark-loss-by-steps-skip"') == 1
+    picture = html[html.index('id="mark-loss-by-steps-skip"') :]
+    assert picture[: picture.index("</g>")].count("<path") <= len(skips) + 1
 
 
 def test_texts_of_the_run_are_text_in_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

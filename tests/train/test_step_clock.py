@@ -58,11 +58,12 @@ def test_the_rank_that_the_others_wait_for_is_named(corpus: str, tmp_path: Path)
         assert rank["own_s"] + rank["waiting_s"] == pytest.approx(rank["step_s"])
         assert rank["host"]
         assert rank["bubble_fraction"] is None
-    last = records(keys)[-1]
-    assert last["perf/slowest_rank"] == SLOW_RANK
-    assert last["perf/own_time_max_s"] >= SLEEP_S
-    assert "perf/slowest_rank" not in records(keys)[0]
-    assert "perf/bubble_fraction" not in last
+    first_record, *others = records(keys)
+    # A record is of one step here, and in one or two of them the other rank may stand for as long: the machine is shared.
+    assert [record["perf/slowest_rank"] for record in others].count(SLOW_RANK) >= 3
+    assert all(record["perf/own_time_max_s"] >= SLEEP_S for record in others)
+    assert "perf/slowest_rank" not in first_record
+    assert "perf/bubble_fraction" not in others[-1]
 
 
 def test_a_pipeline_reports_its_bubble_beside_the_ideal_one(corpus: str, tmp_path: Path) -> None:
@@ -76,5 +77,7 @@ def test_a_pipeline_reports_its_bubble_beside_the_ideal_one(corpus: str, tmp_pat
     assert 0 < run[-1]["perf/bubble_fraction"] < 1
     assert run_ranks(2, wait_is_torchs_own) == [True, True]
     quiet = run_keys(corpus, tmp_path / "quiet", parallel__pp_size=2)
+    (tmp_path / "quiet").mkdir()
+    (tmp_path / "quiet" / "step_times.json").write_text("{}")  # as a former start leaves it
     assert losses(pretrain_on_ranks(2, quiet)) == losses(run)
     assert not (tmp_path / "quiet" / "step_times.json").exists()

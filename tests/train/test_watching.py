@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ def test_training_goes_on_as_if_nobody_watched(corpus: str, tmp_path: Path, toke
     assert texts(again, 0) == texts(accumulator, 0)
     assert texts(accumulator, 0)[0][1] != texts(accumulator, 0)[1][1]  # another step, another draw
     assert "manifest/text_summary" in accumulator.Tags()["tensors"]
+
+
+def test_a_start_whose_writers_cannot_be_opened_is_no_start_of_the_run(corpus: str, tmp_path: Path) -> None:
+    from tests.distributed.ranks import RankFailure
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        keys = run_keys(corpus, tmp_path / "run", monitor__prometheus_port=taken.getsockname()[1])
+        with pytest.raises(RankFailure, match=r"monitor\.prometheus_port"):
+            pretrain_on_ranks(1, keys)
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 def test_a_prompt_without_room_is_refused_on_every_rank(corpus: str, tmp_path: Path, tokenizer_path: str) -> None:
