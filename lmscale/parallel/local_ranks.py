@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from lmscale.parallel.inherited import keep_inherited_groups
+
 TIMEOUT_S = 240.0
 _GRACE_S = 5.0
 """Seconds that the other ranks get to answer once one has failed; most of them wait for it in a collective."""
@@ -31,8 +33,6 @@ _STACKS_S = 0.5
 """What a rank that hangs gets to write its stacks."""
 _LOG_NAME = "rank-{:04d}.log"
 _PR_SET_PDEATHSIG = 1
-_inherited: list[dict[str, Any]] = []
-"""In a rank: the globals of megatron-core as they were in the process that forked it."""
 
 
 class RankFailure(Exception):
@@ -182,7 +182,7 @@ def _serve(rank: int, world_size: int, directory: Path, logs: Path, parent: int,
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _write_to(logs / _LOG_NAME.format(rank))
-    _keep_inherited_groups()
+    keep_inherited_groups()
     _join(rank, world_size, directory)
     while True:
         try:
@@ -200,17 +200,6 @@ def _serve(rank: int, world_size: int, directory: Path, logs: Path, parent: int,
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send_bytes(pickle.dumps(answer))
-
-
-def _keep_inherited_groups() -> None:
-    """Never drop a group of the process that forked: it would wait for its threads, which are not here, for good.
-
-    megatron-core leaves some in its globals when it ends the others, and the next initialization overwrites them.
-    """
-    from megatron.core import parallel_state
-
-    _inherited.append(dict(vars(parallel_state)))
-    gc.freeze()  # and those in cycles
 
 
 def _drop_groups() -> None:

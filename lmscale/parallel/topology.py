@@ -137,4 +137,7 @@ def close_topology() -> None:
     if dist.is_initialized():
         dist.barrier()
         parallel_state.destroy_model_parallel()
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, dist.ProcessGroup):  # it leaves some
+                setattr(parallel_state, name, None)
         dist.destroy_process_group()

@@ -18,6 +18,7 @@ from typing import Any
 
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, LmscaleError, RunError
+from lmscale.parallel.inherited import keep_inherited_groups
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _span(ranks: Sequence[int]) -> str:
 def _serve(connection: Connection, keys: dict[str, Any], world_size: int, ranks: list[int]) -> None:
     """Build the ranks in a process of their own and send them, an error, or its text."""
     answer: Any
+    keep_inherited_groups()
     warnings.simplefilter("ignore")  # what the libraries warn of, they warn of in the run
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

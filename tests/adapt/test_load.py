@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmscale.errors import CheckpointError, ConfigError
+from lmscale.train.checkpoint_files import PARAMETER
 from tests.adapt.bases import adapt_keys, pretrain_base
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import pretrain_on_ranks
@@ -75,9 +77,10 @@ def test_another_base_is_refused_with_the_names_of_both(trained, tmp_path, corpu
     other = tmp_path / "other"
     shutil.copytree(base, other)
     file = other / "rank-00000.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    file.write_bytes(raw)
+    tensors = load_file(file)
+    next(tensor for key, tensor in tensors.items() if key.startswith(PARAMETER))[0] += 1.0
+    save_file(tensors, file)
+    reseal(other)
     with pytest.raises(CheckpointError, match="belongs to another base") as caught:
         _logits(adapted, base=other)
     assert base in str(caught.value)

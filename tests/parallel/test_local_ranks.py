@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.parallel.local_ranks import RankFailure, RankPool, _join, _keep_inherited_groups
+from lmscale.config.io import parse_run
+from lmscale.parallel.inherited import keep_inherited_groups
+from lmscale.parallel.local_ranks import RankFailure, RankPool, _join
+from lmscale.train.simulate import simulate_ranks
+from tests.distributed.runs import run_keys
 
 pytestmark = pytest.mark.distributed
 
@@ -111,24 +115,41 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def test_ranks_of_a_process_that_had_groups_make_their_own(tmp_path: Path) -> None:
-    """megatron-core ends them but for two, and a rank that drops an inherited one would wait for its threads for good."""
+@pytest.mark.parametrize("ends_them", [True, False])
+def test_ranks_of_a_process_that_has_groups_make_their_own(ends_them: bool, tmp_path: Path) -> None:
+    """A rank that drops a group that it has inherited would wait for its threads for good."""
     user = os.fork()
     if not user:
         status = 1
         try:
-            _keep_inherited_groups()  # this process is a fork too
+            keep_inherited_groups()  # this process is a fork too
             _join(0, 1, tmp_path)
-            _make_groups()
-            RankPool(1).run(_make_groups, timeout_s=60)
+            _make_groups(ends_them)
+            simulate_ranks(parse_run(run_keys("corpus", tmp_path)), 2, [0])
+            if ends_them:
+                RankPool(1).run(_make_groups, True, timeout_s=60)
             status = 0
         finally:
             os._exit(status)
     assert os.waitpid(user, 0)[1] == 0
 
 
-def _make_groups() -> None:
+def _make_groups(ends_them: bool) -> None:
     from lmscale.parallel.topology import close_topology, init_topology
 
     init_topology(1, 1)
-    close_topology()
+    if ends_them:
+        close_topology()
+
+
+def test_groups_that_are_ended_leave_nothing() -> None:
+    with RankPool(1) as pool:
+        assert pool.run(_groups_left) == [[]]
+
+
+def _groups_left() -> list[str]:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    _make_groups(True)
+    return [name for name, value in vars(parallel_state).items() if isinstance(value, dist.ProcessGroup)]
