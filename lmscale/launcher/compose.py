@@ -45,8 +45,8 @@ class Command:
     """What ranks on other hosts get of it; empty on one host."""
     is_local: bool
     """All ranks are processes of this host, below the launcher."""
-    passes_signals: bool = False
-    """The launcher hands signals to its ranks by itself."""
+    passes_usr1: bool = False
+    """The launcher hands USR1 to its ranks by itself. (At TERM srun kills them at once, at INT it prints where they are.)"""
     on_hosts: tuple[HostCommand, ...] = ()
     """What the launcher starts on each of several hosts."""
     withheld: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ def _in_slurm(placement: Placement, rank_argv: list[str], env: dict[str, str], e
     unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *sorted(filter(is_secret, environ)))
     argv, on_hosts = many_hosts.slurm(placement, rank_argv, environ)
     travels = travelling(environ) | env
-    return Command(tuple(argv), env, unset, travels, False, passes_signals=True, on_hosts=tuple(on_hosts))
+    return Command(tuple(argv), env, unset, travels, False, passes_usr1=True, on_hosts=tuple(on_hosts))
 
 
 def _program(name: str) -> str:

@@ -73,9 +73,11 @@ class Relay:
 
     def lost(self) -> dict[int, Gone]:
         """Return the ranks that are gone without a report, in the order in which they went."""
-        reports = read_reports(self._status_dir) if self._gone else {}
         with self._lock:
-            return {number: gone for number, gone in self._gone.items() if number not in reports}
+            gone = dict(self._gone)
+        # In this order: a rank that ends well meanwhile has reported before it went.
+        reports = read_reports(self._status_dir) if gone else {}
+        return {number: each for number, each in gone.items() if number not in reports}
 
     def signal(self, number: int) -> None:
         """Send a signal to every connected rank."""

@@ -57,7 +57,7 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             plan.num_ranks,
             is_local=command.is_local,
             stop_file=output_dir / STOP_FILE,
-            launcher_passes_signals=command.passes_signals,
+            launcher_passes_usr1=command.passes_usr1,
             logs=output_dir / "logs",
             relay=relay,
             hosts=command.hosts,

@@ -69,7 +69,7 @@ def supervise(
     *,
     is_local: bool = True,
     stop_file: Path | None = None,
-    launcher_passes_signals: bool = False,
+    launcher_passes_usr1: bool = False,
     logs: Path | None = None,
     grace_s: float = _GRACE_S,
     relay: Relay | None = None,
@@ -79,7 +79,7 @@ def supervise(
 
     TERM, INT, USR1 and HUP (as TERM: a closed terminal) go to the ranks of this host, and through the relay to those of all
     hosts. A second INT kills everything. Without a relay, where all ranks run on other hosts, TERM and INT make the stop
-    file instead.
+    file instead; no launcher gets them, since srun would kill the ranks at TERM and do nothing at INT.
 
     Args:
         argv: the launcher's command line.
@@ -88,7 +88,7 @@ def supervise(
         num_ranks: ranks that will report, on all hosts.
         is_local: whether all ranks are processes of this host.
         stop_file: the file that makes a run save and stop.
-        launcher_passes_signals: the launcher hands signals to the ranks by itself, as srun does.
+        launcher_passes_usr1: the launcher hands USR1 to the ranks by itself, as srun does.
         logs: the run's directory of logs, for the stacks of ranks that hang.
         grace_s: seconds that the other ranks get when one has failed.
         relay: listens to ranks of other hosts.
@@ -105,7 +105,7 @@ def supervise(
         num_ranks,
         hears_all,
         stop_file,
-        launcher_passes_signals,
+        launcher_passes_usr1,
         logs,
         grace_s,
         relay,
@@ -177,7 +177,7 @@ class _Supervisor:
         num_ranks: int,
         is_local: bool,
         stop_file: Path | None,
-        launcher_passes_signals: bool,
+        launcher_passes_usr1: bool,
         logs: Path | None,
         grace_s: float,
         relay: Relay | None,
@@ -185,7 +185,7 @@ class _Supervisor:
     ):
         self._environ, self._run_id = environ, environ[RUN_ID]
         self._status_dir, self._num_ranks, self._is_local = status_dir, num_ranks, is_local
-        self._stop_file, self._launcher_passes_signals, self._grace_s = stop_file, launcher_passes_signals, grace_s
+        self._stop_file, self._launcher_passes_usr1, self._grace_s = stop_file, launcher_passes_usr1, grace_s
         self._pending: list[int] = []
         self._interrupts = 0
         self._failed_at: float | None = None
@@ -263,12 +263,13 @@ class _Supervisor:
         for number in self._pending:
             if self._relay is not None:
                 self._relay.signal(number)
-            elif self._launcher_passes_signals:
-                launcher.send_signal(number)
             elif is_up and here:
                 # The ranks agree on what to do, so that it is enough to tell some of them.
-                send(set(here) & set(ranks_of(self._run_id)), number)
-            elif number != signal.SIGUSR1 and self._stop_file is not None:
+                send(set(here) & set(marked(self._run_id)), number)
+            elif number == signal.SIGUSR1:
+                if is_up and self._launcher_passes_usr1:
+                    launcher.send_signal(number)
+            elif self._stop_file is not None:
                 with contextlib.suppress(OSError):
                     # Rank 0 removes a file of an earlier start when it is up; by the id it knows that this one is newer.
                     self._stop_file.write_text(self._run_id)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from lmscale.errors import ConfigError
+from lmscale.launcher.environment import adopt_rank
 from lmscale.launcher.status import end_hung, rank, register, run_rank, tell
 from lmscale.log import log_file
 from lmscale.train import watchdog
@@ -113,4 +114,5 @@ def body() -> int:
     return work()
 
 
+adopt_rank()
 sys.exit(run_rank(body))

@@ -40,6 +40,11 @@ def connect(relay: Relay, rank: int, run_id: str | None = None, lost=lambda reas
     return Link(f"127.0.0.1:{relay.port}", relay._run_id if run_id is None else run_id, rank, lost)
 
 
+def leave(link: Link) -> None:
+    link.close()
+    link._socket.shutdown(2)
+
+
 def test_what_a_rank_sends_lies_in_the_directory_as_if_it_had_written_it(tmp_path, relay):
     link = connect(relay, 1)
     assert link.send("pid", "17\nhost-2")
@@ -53,10 +58,48 @@ def test_a_rank_that_goes_without_a_report_is_lost_and_one_with_a_report_is_not(
     wait_until(lambda: relay.num_connected == 2)
     first.send("status", "0\n")
     for link in (first, second):
-        link.close()
-        link._socket.shutdown(2)
+        leave(link)
     wait_until(lambda: relay.num_connected == 0)
     assert relay.lost() == {1: Gone(os.uname().nodename, is_silent=False)}
+
+
+def test_a_rank_that_ends_well_while_reports_are_read_is_not_lost(tmp_path, relay, monkeypatch):
+    ending, lost = connect(relay, 0), connect(relay, 1)
+    wait_until(lambda: relay.num_connected == 2)
+    leave(lost)
+    wait_until(lambda: relay.num_connected == 1)
+
+    def read_and_let_a_rank_end(directory: Path) -> dict[int, Report]:
+        reports = read_reports(directory)
+        if relay.num_connected:
+            ending.send("status", "0\n")
+            leave(ending)
+            wait_until(lambda: relay.num_connected == 0)
+        return reports
+
+    monkeypatch.setattr("lmscale.launcher.relay.read_reports", read_and_let_a_rank_end)
+    assert list(relay.lost()) == [1]
+    assert list(relay.lost()) == [1]
+
+
+def test_a_rank_that_is_dead_is_lost_though_a_process_that_it_forked_lives(relay):
+    program = (
+        "import os, sys, time\n"
+        "from lmscale.launcher.link import Link\n"
+        "Link(sys.argv[1], sys.argv[2], 0, print)\n"
+        "time.sleep(0.5)\n"  # for the thread that reads to wait in it
+        "forked = os.fork()\n"
+        "if forked: print(forked, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    argv = [sys.executable, "-c", program, f"127.0.0.1:{relay.port}", relay._run_id]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as rank:
+        forked = int(rank.stdout.readline())
+        try:
+            rank.kill()
+            wait_until(lambda: list(relay.lost()) == [0])
+        finally:
+            os.kill(forked, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("rank", "run_id"), [(0, "another"), (2, None), (-1, None)])
