@@ -93,7 +93,7 @@ def compose(
         ConfigError: if the launcher cannot address the devices.
     """
     assert plan.num_ranks == placement.num_ranks
-    busiest = max(map(placement.slots, placement.hosts), default=placement.num_ranks)
+    busiest = max(map(placement.slots, placement.hosts), default=placement.ranks_per_host or placement.num_ranks)
     if placement.nodes is not None:
         busiest = placement.num_ranks // placement.nodes.most
     env = {RUN_ID: uuid.uuid4().hex}

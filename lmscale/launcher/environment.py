@@ -8,6 +8,8 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from lmscale.errors import ConfigError
+
 _RANK_NAMES = {
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
@@ -63,6 +65,20 @@ def user_exports(environ: Mapping[str, str]) -> dict[str, str]:
         pairs = (line.partition("=") for line in lines)
         variables |= {name.strip(): value.strip() for name, equals, value in pairs if equals}
     return variables
+
+
+def slurm_number(environ: Mapping[str, str], name: str) -> int | None:
+    """Read one of the numbers that Slurm gives a job; None where it gives none.
+
+    Raises:
+        ConfigError: if it is not a positive number.
+    """
+    text = environ.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError("must be a number above 0", field=name, value=text, remedy="it is Slurm's: do not set it")
+    return int(text)
 
 
 def visible_devices(environ: Mapping[str, str], device_directory: Path = Path("/dev")) -> list[str] | None:

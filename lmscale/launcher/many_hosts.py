@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lmscale.launcher.environment import slurm_number
 from lmscale.launcher.placement import Placement
 from lmscale.launcher.shell import HostCommand, python_line, python_module
 
@@ -128,9 +129,11 @@ def slurm(placement: Placement, rank_argv: list[str], environ: Mapping[str, str]
     """Compose srun; what runs on which host Slurm has decided."""
     rank = _rank(rank_argv)
     keep = ["--kill-on-bad-exit=0", f"--wait={_SRUN_WAIT_S}", "--export=ALL"]
-    argv = ["srun", f"--ntasks={placement.num_ranks}", *keep, *rank]
+    each = placement.ranks_per_host
+    spread = [] if each is None else [f"--ntasks-per-node={each}"]
+    argv = ["srun", f"--ntasks={placement.num_ranks}", *spread, *keep, *rank]
     line = f"cd {shlex.quote(os.getcwd())}; {shlex.join(rank)}"
-    return argv, [HostCommand(name, count, line) for name, count in _allocation(environ)]
+    return argv, [HostCommand(name, each or count, line) for name, count in _allocation(environ)]
 
 
 def slurm_meeting(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
@@ -140,7 +143,7 @@ def slurm_meeting(placement: Placement, environ: Mapping[str, str]) -> dict[str,
         # The batch script runs on the first host of the allocation, where rank 0 is.
         env["MASTER_ADDR"] = placement.master_addr or environ.get("SLURMD_NODENAME") or os.uname().nodename
     if placement.master_port is not None or "MASTER_PORT" not in environ:
-        port = placement.master_port or 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+        port = placement.master_port or 20000 + (slurm_number(environ, "SLURM_JOB_ID") or 0) % 20000
         env["MASTER_PORT"] = str(port)
     return env
 

@@ -255,8 +255,13 @@ def _all_reduce(examined: Sequence[Examined], environ: Mapping[str, str]) -> Fin
         number, each = numbered
         line = with_exports(python_line("lmscale.launcher.all_reduce", str(number), *meets), environ)
         try:
-            argv = [*SSH, each.host, line]
-            return subprocess.run(argv, capture_output=True, text=True, timeout=_ALL_REDUCE_S, check=False)
+            argv, nothing = (
+                [*SSH, each.host, line],
+                subprocess.DEVNULL,
+            )  # ssh would take what a caller's script has yet to read
+            return subprocess.run(
+                argv, stdin=nothing, capture_output=True, text=True, timeout=_ALL_REDUCE_S, check=False
+            )
         except subprocess.TimeoutExpired:
             return None
 

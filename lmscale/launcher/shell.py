@@ -61,7 +61,8 @@ def check_port(host: str, port: int) -> None:
     program = f"import socket as s; l = s.socket(); l.setsockopt(s.SOL_SOCKET, s.SO_REUSEADDR, 1); l.bind(('', {port}))"
     line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
     try:
-        done = subprocess.run([*SSH, host, line], capture_output=True, text=True, timeout=_PORT_S, check=False)
+        argv, nothing = [*SSH, host, line], subprocess.DEVNULL  # ssh would take what a caller's script has yet to read
+        done = subprocess.run(argv, stdin=nothing, capture_output=True, text=True, timeout=_PORT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return
     if "Address already in use" in done.stderr or "Permission denied" in done.stderr:

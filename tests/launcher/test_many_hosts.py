@@ -14,10 +14,10 @@ from lmscale.cli.main import main
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import compose, place
 from lmscale.launcher.restarts import check_sizes
-from lmscale.launcher.shell import is_loopback, rendezvous_address
+from lmscale.launcher.shell import check_port, is_loopback, rendezvous_address
 from lmscale.launcher.start import resolved_config_path
 from lmscale.launcher.validate import validate_run
-from tests.launcher.fake_ssh import put_ssh_on_path
+from tests.launcher.fake_ssh import put_ssh_on_path, standard_input
 from tests.launcher.runs import make_run, write_run
 
 CPU = {"DS_ACCELERATOR": "cpu"}
@@ -116,7 +116,8 @@ def test_openmpi_takes_values_from_its_environment(tmp_path):
 
 
 def test_mpich_passes_on_a_list_and_nothing_else(tmp_path):
-    command = command_for(tmp_path, place("mpich", 2, hostfile(tmp_path), CPU), overrides=())
+    hosts = hostfile(tmp_path, "a slots=2\nb slots=4\n")
+    command = command_for(tmp_path, place("mpich", 2, hosts, CPU), overrides=())
     assert command.argv[0] == "mpiexec.hydra"
     assert after(command.argv, "-hosts") == "a:2,b:2"
     assert set(after(command.argv, "-genvlist").split(",")) == {*command.travels, "LMSCALE_STATUS_ADDRESS"}
@@ -173,9 +174,32 @@ def test_slurm_names_the_hosts_of_the_allocation(tmp_path, monkeypatch):
     assert "hush" not in f"{command.show()}{command.show_hosts()}"
 
 
-def test_without_an_allocation_slurm_decides_later(tmp_path):
-    command = command_for(tmp_path, place("slurm", 2, None, CPU), overrides=())
-    assert [each.num_ranks for each in command.on_hosts] == [None]
+def test_devices_are_ranks_of_each_host_under_slurm_too(tmp_path):
+    environ = {**ENVIRON, "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16"}
+    command = command_for(tmp_path, place("slurm", 2, None, environ), environ, overrides=())
+    assert command.argv[:3] == ("srun", "--ntasks=4", "--ntasks-per-node=2")
+    assert [each.num_ranks for each in command.on_hosts] == [2]
+
+
+@pytest.mark.parametrize(
+    ("devices", "job", "part"),
+    [
+        (None, {}, "--launcher = 'slurm': starts ranks in a job of Slurm's; start it by sbatch"),
+        (2, {}, "--launcher = 'slurm': starts ranks in a job of Slurm's; start it by sbatch"),
+        (None, {"SLURM_JOB_NUM_NODES": "2"}, "--devices = None: is required in a job without a number of tasks"),
+        (None, {"SLURM_NTASKS": "x"}, "SLURM_NTASKS = 'x': must be a number above 0"),
+        (2, {"SLURM_NNODES": "0"}, "SLURM_NNODES = '0': must be a number above 0"),
+    ],
+)
+def test_without_a_job_slurm_starts_nothing(devices, job, part):
+    with pytest.raises(ConfigError) as caught:
+        place("slurm", devices, None, {**CPU, **job})
+    assert part in str(caught.value)
+
+
+def test_a_host_is_not_given_more_ranks_than_it_has_slots(tmp_path):
+    with pytest.raises(ConfigError, match=r"--devices = 2: b has 1 slot in the hostfile; use fewer"):
+        place("pdsh", 2, hostfile(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +221,12 @@ def test_a_loopback_name_becomes_this_hosts_own(monkeypatch):
     assert [is_loopback(name) for name in ("::1", "localhost", "127.1.2.3", "node", "10.0.0.1")] == [True] * 3 + [
         False
     ] * 2
+
+
+def test_the_check_of_a_port_leaves_standard_input(tmp_path):
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexec cat\n")
+    with standard_input(b"the next command\n"):
+        check_port("a", 29500)
 
 
 @pytest.mark.parametrize("launcher", OVER_HOSTS)

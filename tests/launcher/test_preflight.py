@@ -15,7 +15,7 @@ from lmscale.launcher.host_facts import code_hash, gather, gloo_interface, inter
 from lmscale.launcher.hosts import Host
 from lmscale.launcher.preflight import examine_hosts
 from lmscale.launcher.shell import python_line
-from tests.launcher.fake_ssh import NO_KEY, NO_NAME, put_ssh_on_path
+from tests.launcher.fake_ssh import NO_KEY, NO_NAME, put_ssh_on_path, standard_input
 from tests.launcher.runs import write_corpus
 
 FAILURES = {
@@ -111,6 +111,17 @@ def test_hosts_that_are_right_sum_over_all_of_them(directory, capsys, monkeypatc
     assert re.search(
         r"^all hosts: all-reduce: \d+\.\d\d GB/s \(\d+\.\d Gbit/s\) on each host's link, gloo", out, re.MULTILINE
     )
+
+
+def test_the_rest_of_a_script_on_standard_input_is_left(directory, monkeypatch):
+    def line(module: str, *arguments: str) -> str:
+        if module.endswith("host_facts"):
+            return python_line(module, *arguments)
+        return """cat >&2; echo '{"backend": "gloo", "bus_bytes_per_second": 1.0e9}'"""
+
+    monkeypatch.setattr("lmscale.launcher.preflight.python_line", line)
+    with standard_input(b"the next command\n"):
+        assert examine_hosts([Host("good", 1)]).is_ready
 
 
 def test_an_all_reduce_that_fails_names_the_host(directory, monkeypatch):
