@@ -30,6 +30,8 @@ __all__ = ["Command", "Launcher", "Nodes", "Placement", "compose", "module_of", 
 PRETRAIN, FINETUNE = "lmscale.pretrain", "lmscale.finetune"
 _PORT = 29500
 """Where the parts of a torchrun meet that each host starts by itself: the same on each, as torchrun has it."""
+_SAVE_S = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}
+"""From TERM to KILL, by torchrun: its 30 s may cut off a save. Shorter than launch/kubernetes.yaml lets a pod have."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,11 @@ def compose(
     # A rank's identity left over from an outer launch would make the launcher itself look like a rank.
     unset = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
     if placement.nodes is not None:
-        argv = [_program("torchrun"), *many_hosts.node_options(placement, _PORT), *rank_argv]
+        argv = [_program("torchrun"), *many_hosts.node_options(placement, _PORT, plan.config.output_dir), *rank_argv]
         nodes = placement.nodes
         where = "each host" if nodes.rank is None else f"host {nodes.rank} of {nodes.most}"
         here = HostCommand(where, busiest, shlex.join(argv))
+        env |= {name: value for name, value in _SAVE_S.items() if name not in environ}
         travels = travelling({**environ, **env})
         # A supervisor of an outer launch cannot hear the ranks of all hosts.
         unset += [STATUS_DIR, STATUS_ADDRESS, STATUS_BY_FILE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -118,3 +119,16 @@ def is_free_port(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_of_this_host(address: str) -> bool:
+    """Tell whether a name or an address is one of this host's own: only then it can be listened at."""
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, at in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as listener:
+            listener.bind(at)
+            return True
+    return False

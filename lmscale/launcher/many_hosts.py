@@ -7,6 +7,7 @@ ranks for each host, put every variable's value on a command line that other use
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from lmscale.launcher.shell import HostCommand, python_line, python_module
 _SRUN_WAIT_S = 60
 """srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
 _SCONTROL_S = 10.0
+_ID_DIGITS = 12
 _DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX")
 """Beginnings of the names that DeepSpeed exports by itself; NCCL too, where it runs on CUDA."""
 
@@ -112,8 +114,12 @@ def torchrun_over_ssh(placement: Placement, rank_argv: list[str], meeting: Meeti
     return argv, on_hosts
 
 
-def node_options(placement: Placement, port: int) -> list[str]:
-    """Compose torchrun's options on a host that joins by itself: fixed places, or a range that finds its own order."""
+def node_options(placement: Placement, port: int, output_dir: str) -> list[str]:
+    """Compose torchrun's options on a host that joins by itself: fixed places, or a range that finds its own order.
+
+    The hosts of a range know each other by the run's directory: those of another run that come to the same place are not
+    taken in.
+    """
     nodes, address = placement.nodes, placement.master_addr or "127.0.0.1"
     assert nodes is not None
     port = placement.master_port or port
@@ -121,7 +127,8 @@ def node_options(placement: Placement, port: int) -> list[str]:
     if not nodes.is_elastic:
         static = [f"--nnodes={nodes.most}", f"--node-rank={nodes.rank}"]
         return [*static, each, f"--master-addr={address}", f"--master-port={port}"]
-    meets = ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", "--rdzv-id=lmscale"]
+    run = hashlib.sha256(os.path.abspath(output_dir).encode()).hexdigest()[:_ID_DIGITS]
+    meets = ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", f"--rdzv-id=lmscale-{run}"]
     return [f"--nnodes={nodes.least}:{nodes.most}", each, f"--max-restarts={nodes.max_restarts}", *meets]
 
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from lmscale.config.validation import nearest
 from lmscale.errors import ConfigError
-from lmscale.launcher.environment import is_free_port, slurm_number, visible_devices
+from lmscale.launcher.environment import is_free_port, is_of_this_host, slurm_number, visible_devices
 from lmscale.launcher.hosts import Host, read_hostfile
 
 Launcher = Literal["deepspeed", "pdsh", "openmpi", "mpich", "slurm", "torchrun"]
@@ -232,5 +232,7 @@ def _check_meeting(
     if not 1 <= port <= 65535:
         raise ConfigError("must be between 1 and 65535", field="--master-port", value=port)
     meets_here = not hosts and name != "slurm" and (nodes is None or nodes.rank == 0)
+    if nodes is not None and nodes.is_elastic:
+        meets_here = is_of_this_host(address or "localhost")
     if meets_here and not is_free_port(port):
         raise ConfigError("is in use on this host", field="--master-port", value=port, remedy="use another, or none")

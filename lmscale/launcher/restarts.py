@@ -56,6 +56,9 @@ def check_policy(max_restarts: int, elastic: bool, min_devices: int | None, plac
         raise ConfigError("must not be negative", field="--max-restarts", value=max_restarts)
     if elastic and not max_restarts:
         raise ConfigError("is for restarts", field="--elastic", remedy="add --max-restarts")
+    if max_restarts and placement.nodes is not None and not placement.nodes.is_elastic:
+        remedy = "drop it, and let what starts the hosts start all of them again; or give a range, --nnodes MIN:MAX"
+        raise ConfigError("is not for a fixed --nnodes", field="--max-restarts", value=max_restarts, remedy=remedy)
     if elastic and placement.nodes is not None:
         remedy = "drop --elastic; --nnodes MIN:MAX lets hosts come and go"
         raise ConfigError("is for ranks that lmscale train starts again", field="--elastic", remedy=remedy)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import socket
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lmscale.cli.main import main
 from lmscale.errors import ConfigError
@@ -144,6 +146,35 @@ def test_torchrun_on_each_host_by_itself(tmp_path):
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=2", "--master-addr=a"} <= set(command.argv)
     assert [each.num_ranks for each in command.on_hosts] == [2]
     assert "LMSCALE_STATUS_DIR" in command.unset
+
+
+@pytest.mark.parametrize("where", [{"nnodes": "2", "node_rank": 1}, {"nnodes": "1:2"}])
+def test_torchrun_lets_ranks_save_for_longer_than_its_30_s_and_less_than_a_pod_has(tmp_path, where):
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    placement = place("torchrun", 2, None, CPU, master_addr="a", **where)
+    manifest = yaml.safe_load((Path(__file__).parents[2] / "launch" / "kubernetes.yaml").read_text())
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert 30 < int(command_for(tmp_path, placement, overrides=()).env[name]) < pod["terminationGracePeriodSeconds"]
+    assert name not in command_for(tmp_path, placement, {**ENVIRON, name: "500"}, overrides=()).env
+
+
+def test_an_elastic_torchrun_takes_in_hosts_of_the_same_run_only(tmp_path):
+    placement = place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="a")
+
+    def rendezvous(output_dir: str) -> str:
+        command = command_for(tmp_path, placement, overrides=(f"output_dir={tmp_path}/{output_dir}",))
+        return next(word for word in command.argv if word.startswith("--rdzv-id="))
+
+    assert rendezvous("one") == rendezvous("one")
+    assert rendezvous("one") != rendezvous("two")
+
+
+def test_the_port_of_an_elastic_torchrun_is_checked_on_the_host_that_keeps_the_rendezvous(tmp_path):
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--master-port = {port}: is in use on this host"):
+            place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="127.0.0.1", master_port=port)
+        place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="192.0.2.1", master_port=port)
 
 
 def test_an_elastic_torchrun_meets_by_c10d(tmp_path):
