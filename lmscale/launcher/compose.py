@@ -92,7 +92,7 @@ def compose(
         environ: the environment that the launcher will start in.
 
     Raises:
-        ConfigError: if the launcher cannot address the devices.
+        ConfigError: if the launcher cannot address the devices, or cannot pass on a variable or a path.
     """
     assert plan.num_ranks == placement.num_ranks
     busiest = max(map(placement.slots, placement.hosts), default=placement.ranks_per_host or placement.num_ranks)
@@ -153,6 +153,7 @@ def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], e
     reads_env_file = placement.launcher not in build
     if reads_env_file:
         travels = many_hosts.deepspeed_exports(inherited) | travels
+        many_hosts.check_pdsh(rank_argv, travels)
         argv, on_hosts = many_hosts.deepspeed(_program("deepspeed"), placement, rank_argv, meeting)
         del env["PYTHONPATH"]  # DeepSpeed puts the working directory before it, once more
     else:

@@ -23,7 +23,9 @@ _TRAVELS = re.compile(
     r"|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_WORKSPACE_CONFIG$|TOKENIZERS_PARALLELISM$|HF_HOME$|HF_HUB_OFFLINE$|PYTORCH_)"
 )
 _SECRET = re.compile(
-    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|JWT", re.IGNORECASE
+    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSFILE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|JWT"
+    r"|_(KEYS?|PASS|PAT|AUTH)$",  # at the end alone: NCCL_PAT_ENABLE chooses an algorithm
+    re.IGNORECASE,
 )
 _ENV_FILE = ".deepspeed_env"
 """DeepSpeed's name of the user's file of variables for the other hosts, in the home and in the working directory."""

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lmscale.errors import ConfigError
 from lmscale.launcher.environment import slurm_number
 from lmscale.launcher.placement import Placement
 from lmscale.launcher.shell import HostCommand, python_line, python_module
@@ -28,6 +29,10 @@ _SCONTROL_S = 10.0
 _ID_DIGITS = 12
 _DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX")
 """Beginnings of the names that DeepSpeed exports by itself; NCCL too, where it runs on CUDA."""
+
+_CHANGES_IN_QUOTES = re.compile(r'[$`"\\\n]|%[hnu%]')
+_CHANGES = re.compile(r"[^\w@%+=:,./-]|%[hnu%]")
+"""What a shell, or pdsh, takes for something else between double quotes, and without them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,29 @@ def deepspeed(program: str, placement: Placement, rank_argv: list[str], meeting:
 def deepspeed_exports(environ: Mapping[str, str]) -> dict[str, str]:
     """Select what DeepSpeed's launcher exports of its environment beside what it is told to."""
     return {name: value for name, value in environ.items() if name.startswith(_DEEPSPEED_EXPORTS)}
+
+
+def check_pdsh(rank_argv: Sequence[str], travels: Mapping[str, str]) -> None:
+    """Check that the hosts' shells get from pdsh what is meant, and what --dry-run shows.
+
+    DeepSpeed's launcher puts a variable's value between double quotes and cuts off blanks and lines around it; the working
+    directory, the Python and arguments without a blank it does not quote at all; pdsh puts the host for %h, and so on.
+
+    Raises:
+        ConfigError: naming what would become something else there.
+    """
+    for name, value in travels.items():
+        if _CHANGES_IN_QUOTES.search(value) or value != value.strip():
+            remedy = "set it on the hosts, or use --launcher torchrun"
+            raise ConfigError("cannot travel by pdsh: a shell would change it", field=name, value=value, remedy=remedy)
+    places = {"the working directory": os.getcwd(), "Python": sys.executable, "output_dir": rank_argv[-1]}
+    for field, path in places.items():
+        is_quoted = field == "output_dir" and " " in path
+        if (_CHANGES_IN_QUOTES if is_quoted else _CHANGES).search(path):
+            remedy = "give it a name of letters, digits and .-_/, or use --launcher torchrun"
+            raise ConfigError(
+                "cannot be passed on by pdsh: a shell would change it", field=field, value=path, remedy=remedy
+            )
 
 
 def openmpi(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Sequence[str]) -> Composed:

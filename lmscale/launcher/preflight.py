@@ -6,17 +6,19 @@ must be this host's; corpora must be the same on all; then an all-reduce goes ov
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lmscale.errors import ConfigError
 from lmscale.launcher.doctor import Finding
@@ -134,7 +136,7 @@ def _ask(host: str, line: str) -> Examined:
                 before = time.time()
                 asked.stdin.write("\n")
                 asked.stdin.flush()
-                there = float(asked.stdout.readline())
+                there = _read_time(asked.stdout)
                 after = time.time()
                 examined.clock_offset_s, examined.clock_error_s = there - (before + after) / 2, (after - before) / 2
             out, err = asked.communicate(timeout=_FACTS_S)
@@ -151,12 +153,18 @@ def _ask(host: str, line: str) -> Examined:
     return examined
 
 
+def _read_time(lines: IO[str]) -> float:
+    """Read what the host answers; before that there may be what its shell says to everyone."""
+    for line in iter(lines.readline, ""):
+        with contextlib.suppress(ValueError):
+            return float(line)
+    raise ValueError("no time in the answer")
+
+
 class _Watch:
     """Kills a process that takes too long, since a pipe's readline has no time-out."""
 
     def __init__(self, process: subprocess.Popen[str], limit_s: float):
-        import threading
-
         self._process, self._has_expired = process, False
         self._timer = threading.Timer(limit_s, self._expire)
         self._timer.daemon = True

@@ -101,11 +101,14 @@ def _prepare(host: str, config_file: Path, text: str, ours: str) -> Addresses:
     if done.returncode:
         raise _wrong(host, f"cannot take the run: {_last(done.stderr)}")
     # Before them there may be what the host's shell says to everyone.
-    connection, theirs = done.stdout.splitlines()[-2:]
-    if theirs != ours:
-        raise _wrong(host, f"has {_difference(theirs, ours)}", "install the same versions on every host")
-    here, _, first, _ = connection.split()
-    return Addresses(here, first)
+    lines = done.stdout.splitlines()[-2:]
+    ends = lines[0].split() if len(lines) == 2 else []
+    if len(ends) != 4:
+        said = f"has not answered as an sshd's shell does, but {_last(done.stdout)!r}"
+        raise _wrong(host, said, f"see what ssh {host} 'echo $SSH_CONNECTION' prints: two addresses with their ports")
+    if lines[1] != ours:
+        raise _wrong(host, f"has {_difference(lines[1], ours)}", "install the same versions on every host")
+    return Addresses(here=ends[0], first=ends[2])
 
 
 def _is_loopback(address: str) -> bool:

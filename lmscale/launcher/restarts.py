@@ -20,6 +20,7 @@ from lmscale.errors import EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTE
 from lmscale.launcher.compose import Placement, compose
 from lmscale.launcher.elastic import shrink
 from lmscale.launcher.remote import HostError
+from lmscale.launcher.shell import PortError
 from lmscale.launcher.start import resolved_config_path, start
 from lmscale.launcher.status import STARTED_AT
 from lmscale.launcher.supervise import Outcome
@@ -30,6 +31,7 @@ from lmscale.monitor.manifest import add_restart
 _RESTARTED = frozenset({EXIT_FAILURE, EXIT_HANG})
 _FIRST_DELAY_S, _MAX_DELAY_S = 1.0, 60.0
 _POLL_S = 0.1
+_PORT_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,10 @@ def keep_running(
 
 def _launch(plan: LaunchPlan, placement: Placement, began_at: float) -> Outcome:
     environ = {**os.environ, STARTED_AT: str(began_at)}
+    # A port that is free here may be taken on the host where the ranks meet; one that the user named is not changed.
+    for _ in range(_PORT_TRIES - 1 if placement.master_port is None else 0):
+        with contextlib.suppress(PortError):
+            return start(plan, compose(plan, placement, resolved_config_path(plan), environ))
     return start(plan, compose(plan, placement, resolved_config_path(plan), environ))
 
 

@@ -19,6 +19,10 @@ _CONFIG_S = 5.0
 _PORT_S = 15.0
 
 
+class PortError(HostError):
+    """The port at which the ranks were to meet is taken on that host."""
+
+
 @dataclass(frozen=True)
 class HostCommand:
     """What the launcher starts on a host."""
@@ -55,7 +59,7 @@ def check_port(host: str, port: int) -> None:
     """Check that ranks can meet at a port of a host that is known to answer.
 
     Raises:
-        HostError: if somebody listens there already.
+        PortError: if somebody listens there already.
     """
     # As the ranks' store binds it; torch does not tell whose port it was before it gives up.
     program = f"import socket as s; l = s.socket(); l.setsockopt(s.SOL_SOCKET, s.SO_REUSEADDR, 1); l.bind(('', {port}))"
@@ -67,8 +71,8 @@ def check_port(host: str, port: int) -> None:
         return
     if "Address already in use" in done.stderr or "Permission denied" in done.stderr:
         reason = done.stderr.strip().rpartition("] ")[2].lower()
-        remedy = "use another one, or end what listens there"
-        raise HostError(f"cannot be used on {host}: {reason}", field="--master-port", value=port, remedy=remedy)
+        remedy = "name another one, or end what listens there"
+        raise PortError(f"cannot be used on {host}: {reason}", field="--master-port", value=port, remedy=remedy)
 
 
 def rendezvous_address(first: str, is_alone: bool) -> str:

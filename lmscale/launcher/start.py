@@ -117,5 +117,5 @@ def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
     variables = {**command.travels, STATUS_ADDRESS: address}
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
-    path.write_text("".join(f"{name}={value}\n" for name, value in variables.items() if "\n" not in value))
+    path.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     return path

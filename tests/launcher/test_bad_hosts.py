@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmscale.cli.main import main
+from lmscale.launcher.environment import free_port
 from lmscale.launcher.processes import marked
 from tests.launcher.fake_ssh import NO_KEY, NO_NAME, put_ssh_on_path
 from tests.launcher.runs import write_run
@@ -85,6 +86,28 @@ def test_slots_that_do_not_give_the_layout(directory, capsys, launcher):
 def test_a_port_in_use_on_the_first_host(directory, capsys, launcher, used_port):
     line = refuse(directory, capsys, "a slots=1\nb slots=1\n", "--launcher", launcher, "--master-port", str(used_port))
     assert f"--master-port = {used_port}: cannot be used on a: address already in use" in line
+
+
+@pytest.mark.parametrize("launcher", OVER_HOSTS)
+def test_a_port_that_nobody_named_is_exchanged_where_it_is_in_use_on_the_first_host(
+    directory, launcher, used_port, monkeypatch
+):
+    (directory / "hosts").write_text("a slots=1\nb slots=1\n")
+    ports = iter([used_port, used_port, free_port()])
+    monkeypatch.setattr("lmscale.launcher.compose.free_port", lambda: next(ports))
+    main(
+        [
+            "train",
+            str(directory / "run.yaml"),
+            "--hostfile",
+            str(directory / "hosts"),
+            "--launcher",
+            launcher,
+            "train.seed=1",
+        ]
+    )
+    assert (directory / STARTED).exists()
+    assert not list(ports)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

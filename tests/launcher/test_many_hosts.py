@@ -7,6 +7,7 @@ import shlex
 import shutil
 import socket
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,39 @@ def test_deepspeed_starts_on_each_host_what_is_shown(tmp_path, devices):
         assert each.line == line.replace("%n", str(number))
         assert each.num_ranks == len(active[each.host])
     assert tuple(runner.EXPORT_ENVS) == ("MLFLOW", "PYTHON", "MV2", "UCX")
+
+
+@pytest.mark.parametrize("value", ["a\nb", "$HOME", "`id`", 'say "x"', "back\\slash", "core.%h.%n", " blank"])
+def test_a_value_that_pdsh_would_change_is_refused_and_torchrun_takes_it(tmp_path, value):
+    environ = {**ENVIRON, "NCCL_DEBUG_FILE": value}
+    with pytest.raises(ConfigError, match=r"NCCL_DEBUG_FILE = .*: cannot travel by pdsh: a shell would change it; "):
+        command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
+    command = command_for(tmp_path, place("torchrun", None, hostfile(tmp_path), CPU), environ)
+    assert command.travels["NCCL_DEBUG_FILE"] == value
+
+
+def test_values_between_double_quotes_travel_by_pdsh(tmp_path):
+    environ = {**ENVIRON, "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1", "PYTHONWARNINGS": "ignore::UserWarning;(x) & 100%"}
+    command = command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
+    assert command.travels["PYTHONWARNINGS"] == "ignore::UserWarning;(x) & 100%"
+
+
+@pytest.mark.parametrize("name", ["a b", "a;b"])
+def test_a_working_directory_that_pdsh_would_change_is_refused(tmp_path, name, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"the working directory = '.*{name}': cannot be passed on by pdsh"):
+        command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_right"), [("a run", True), ("a'run", False), ("a $run", False), ("run-%h", False)]
+)
+def test_an_output_dir_that_pdsh_would_change_is_refused(tmp_path, name, is_right):
+    overrides = ("batch.global_batch_size=24", f"output_dir='{tmp_path}/{name}'".replace("a'run", "a''run"))
+    refused = pytest.raises(ConfigError, match=r"output_dir = .*: cannot be passed on by pdsh")
+    with nullcontext() if is_right else refused:
+        command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), overrides=overrides)
 
 
 def test_openmpi_takes_values_from_its_environment(tmp_path):

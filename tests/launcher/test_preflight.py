@@ -113,6 +113,15 @@ def test_hosts_that_are_right_sum_over_all_of_them(directory, capsys, monkeypatc
     )
 
 
+def test_what_a_hosts_shell_says_to_everyone_is_passed_over(directory, capsys, monkeypatch):
+    def line(module: str, *arguments: str) -> str:
+        return f"echo Welcome; {python_line(module, *arguments)}"
+
+    monkeypatch.setattr("lmscale.launcher.preflight.python_line", line)
+    _, out = diagnose(directory, capsys, "good", "edited")
+    assert not re.search("^good: ", out, re.MULTILINE), out
+
+
 def test_the_rest_of_a_script_on_standard_input_is_left(directory, monkeypatch):
     def line(module: str, *arguments: str) -> str:
         if module.endswith("host_facts"):

@@ -19,6 +19,9 @@ SSH = """#!/bin/sh
 while [ "$1" = -o ]; do shift 2; done
 case "$1" in
     gone*) echo "ssh: Could not resolve hostname $1: Name or service not known" >&2; exit 255;;
+    silent) exit 0;;
+    lonely) exec sh -c "$2";;
+    polite) echo "Welcome to $1!"; SSH_CONNECTION="10.0.0.7 5 10.0.0.8 22" exec sh -c "$2";;
     *) SSH_CONNECTION="10.0.0.7 5 10.0.0.8 22" exec sh -c "$2";;
 esac
 """
@@ -54,6 +57,17 @@ def test_a_host_that_is_not_there_is_named(ssh, config):
     assert str(caught.value).startswith("--hostfile = 'gone-2': cannot be reached by ssh: ssh: Could not resolve")
     assert answers("one")
     assert not answers("gone-2")
+
+
+@pytest.mark.parametrize("host", ["silent", "lonely"])
+def test_an_answer_that_is_none_is_told_in_a_line(ssh, config, host, monkeypatch):
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    with pytest.raises(HostError, match=rf"'{host}': has not answered as an sshd's shell does, .*see what ssh {host}"):
+        prepare([host], config)
+
+
+def test_what_a_hosts_shell_says_to_everyone_is_passed_over(ssh, config):
+    assert prepare(["polite"], config).here == "10.0.0.7"
 
 
 def test_another_version_is_named_with_ours(ssh, config, monkeypatch):
