@@ -30,6 +30,7 @@ __all__ = ["Command", "Launcher", "Nodes", "Placement", "compose", "module_of", 
 PRETRAIN, FINETUNE = "lmscale.pretrain", "lmscale.finetune"
 _PORT = 29500
 """Where the parts of a torchrun meet that each host starts by itself: the same on each, as torchrun has it."""
+_PDSH_SSH = "PDSH_SSH_ARGS_APPEND"
 _SAVE_S = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}
 """From TERM to KILL, by torchrun: its 30 s may cut off a save. Shorter than launch/kubernetes.yaml lets a pod have."""
 
@@ -61,6 +62,11 @@ class Command:
     """The ranks of this host alone, of a run that each host joins by itself."""
     hosts: tuple[str, ...] = ()
     """Of the hostfile."""
+
+    @property
+    def rank_hosts(self) -> tuple[str, ...]:
+        """The host of each rank, in their order, where there is a hostfile."""
+        return tuple(each.host for each in self.on_hosts for _ in range(each.num_ranks or 0)) if self.hosts else ()
 
     def show(self) -> str:
         """Render as a line for a shell."""
@@ -154,6 +160,8 @@ def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], e
     if reads_env_file:
         travels = many_hosts.deepspeed_exports(inherited) | travels
         many_hosts.check_pdsh(rank_argv, travels)
+        # ssh would wait for ever for a host that falls silent before its ranks are there.
+        env[_PDSH_SSH] = f"{environ.get(_PDSH_SSH, '')} -o ServerAliveInterval=5 -o ServerAliveCountMax=4".strip()
         argv, on_hosts = many_hosts.deepspeed(_program("deepspeed"), placement, rank_argv, meeting)
         del env["PYTHONPATH"]  # DeepSpeed puts the working directory before it, once more
     else:

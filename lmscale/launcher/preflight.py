@@ -32,7 +32,7 @@ _MIN_DISK_GIB, _MIN_SHM_GIB = 10.0, 1.0
 _MAX_CLOCK_S = 1.0
 """Beyond what the round trip leaves open. Training itself does not read other hosts' clocks; shared file systems, logs and
 the age of checkpoints do."""
-_FACTS_S, _ALL_REDUCE_S = 30.0, 90.0
+_FACTS_S, _ALL_REDUCE_S, _REACH_S = 30.0, 90.0, 60.0
 _SHOWN_DIGITS = 8
 _SSH_FAILED, _NO_SUCH_PROGRAM = 255, 127
 
@@ -136,7 +136,7 @@ def _ask(host: str, line: str) -> Examined:
                 before = time.time()
                 asked.stdin.write("\n")
                 asked.stdin.flush()
-                there = _read_time(asked.stdout)
+                there = _read_number(asked.stdout)
                 after = time.time()
                 examined.clock_offset_s, examined.clock_error_s = there - (before + after) / 2, (after - before) / 2
             out, err = asked.communicate(timeout=_FACTS_S)
@@ -153,12 +153,12 @@ def _ask(host: str, line: str) -> Examined:
     return examined
 
 
-def _read_time(lines: IO[str]) -> float:
-    """Read what the host answers; before that there may be what its shell says to everyone."""
+def _read_number(lines: IO[str]) -> float:
+    """Read the number that a host answers; before that there may be what its shell says to everyone."""
     for line in iter(lines.readline, ""):
         with contextlib.suppress(ValueError):
             return float(line)
-    raise ValueError("no time in the answer")
+    raise ValueError("no number in the answer")
 
 
 class _Watch:
@@ -263,27 +263,62 @@ def _all_reduce(examined: Sequence[Examined], environ: Mapping[str, str]) -> Fin
         number, each = numbered
         line = with_exports(python_line("lmscale.launcher.all_reduce", str(number), *meets), environ)
         try:
-            argv, nothing = (
-                [*SSH, each.host, line],
-                subprocess.DEVNULL,
-            )  # ssh would take what a caller's script has yet to read
-            return subprocess.run(
-                argv, stdin=nothing, capture_output=True, text=True, timeout=_ALL_REDUCE_S, check=False
-            )
+            return _run(each.host, line, _ALL_REDUCE_S)
         except subprocess.TimeoutExpired:
             return None
 
     with ThreadPoolExecutor(len(examined)) as pool:
         done = list(pool.map(take_part, enumerate(examined)))
-    failed = [(each.host, one) for each, one in zip(examined, done, strict=True) if one is None or one.returncode]
-    if failed or done[0] is None:
-        host, one = failed[0]
-        reason = "no answer" if one is None else (one.stderr.strip().rpartition("\n")[2] or f"status {one.returncode}")
+    failed = {
+        each.host: _reason(one) for each, one in zip(examined, done, strict=True) if one is None or one.returncode
+    }
+    if failed:
+        # A host that is cut off makes the others fail too, each with what it happened to wait for.
+        apart = _unreached(examined, address, environ)
+        what = {host: f"does not reach {first.host} ({address}): {reason}" for host, reason in apart.items()} or failed
         remedy = (
             "look at firewalls, and name the interface that all hosts share: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
         )
-        return Finding("all-reduce", "missing", f"{host}: {reason}", remedy)
+        return Finding("all-reduce", "missing", _by_reason(what), remedy)
+    assert done[0] is not None
     measured = json.loads(done[0].stdout)
     rate = measured["bus_bytes_per_second"]
     value = f"{rate / 1e9:.2f} GB/s ({rate * 8 / 1e9:.1f} Gbit/s) on each host's link, {measured['backend']}"
     return Finding("all-reduce", "ok", value)
+
+
+def _unreached(examined: Sequence[Examined], address: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Connect to the first host from each other one; return those that cannot, with the reason."""
+    line = with_exports(python_line("lmscale.launcher.reach", "listen"), environ)
+    argv, nothing = [*SSH, examined[0].host, line], subprocess.DEVNULL
+    listening = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=nothing, text=True)
+    watch = _Watch(listening, _REACH_S)
+    try:
+        with listening:
+            assert listening.stdout is not None
+            port = int(_read_number(listening.stdout))
+            line = with_exports(python_line("lmscale.launcher.reach", "connect", address, str(port)), environ)
+            others = [each.host for each in examined[1:]]
+            with ThreadPoolExecutor(len(examined)) as pool:
+                done = zip(others, pool.map(lambda host: _run(host, line, _FACTS_S), others), strict=True)
+            return {host: _reason(one) for host, one in done if one.returncode}
+    except (ValueError, subprocess.TimeoutExpired):
+        return {}
+    finally:
+        watch.stop()
+
+
+def _run(host: str, line: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    argv, nothing = [*SSH, host, line], subprocess.DEVNULL  # ssh would take what a caller's script has yet to read
+    return subprocess.run(argv, stdin=nothing, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def _reason(done: subprocess.CompletedProcess[str] | None) -> str:
+    if done is None:
+        return "no answer"
+    return done.stderr.strip().rpartition("\n")[2] or f"status {done.returncode}"
+
+
+def _by_reason(failed: Mapping[str, str]) -> str:
+    hosts = {reason: [host for host, each in failed.items() if each == reason] for reason in failed.values()}
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in hosts.items())

@@ -60,7 +60,8 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             launcher_passes_usr1=command.passes_usr1,
             logs=output_dir / "logs",
             relay=relay,
-            hosts=command.hosts,
+            rank_hosts=command.rank_hosts,
+            start_s=plan.config.train.first_step_timeout_s,
         )
 
 

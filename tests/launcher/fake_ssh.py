@@ -30,7 +30,7 @@ with open({log!r}, "a") as log:
     log.write(host + "\\n")
 if host in failures:
     sys.exit(failures[host][1] if sys.stderr.write(failures[host][0] + "\\n") else 0)
-environ = {{**os.environ, "SSH_CONNECTION": "127.0.0.1 40000 127.0.0.1 22"}}
+environ = {{**os.environ, "SSH_CONNECTION": "127.0.0.1 40000 127.0.0.1 22", "FAKE_SSH_HOST": host}}
 if host not in filters:
     os.execve("/bin/sh", ["sh", "-c", line], environ)
 child = subprocess.Popen(["/bin/sh", "-c", line], stdout=subprocess.PIPE, text=True, env=environ)

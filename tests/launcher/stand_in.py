@@ -99,6 +99,8 @@ def body() -> int:
         register()
         say("up")
         time.sleep(60)
+    if BEHAVIOUR == "one-missing" and rank() == 1:
+        time.sleep(1000)
     if BEHAVIOUR == "late":
         time.sleep(1.0)  # as imports take
     listen()
@@ -115,4 +117,6 @@ def body() -> int:
 
 
 adopt_rank()
+if BEHAVIOUR == "unborn" and rank() == 1:
+    time.sleep(1000)
 sys.exit(run_rank(body))

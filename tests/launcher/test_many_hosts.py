@@ -65,6 +65,7 @@ def test_every_host_gets_what_its_ranks_need_and_no_secret(tmp_path, launcher):
     assert needed.items() <= command.travels.items()
     assert command.travels["LMSCALE_RUN_ID"] == command.env["LMSCALE_RUN_ID"]
     assert command.hosts == ("a", "b")
+    assert command.rank_hosts == ("a", "a", "b")
     assert command.travels["PYTHONPATH"].startswith(str(Path.cwd()))
     assert "EDITOR" not in command.travels
     assert not SECRETS & {*command.travels, *command.env}
@@ -114,6 +115,15 @@ def test_a_value_that_pdsh_would_change_is_refused_and_torchrun_takes_it(tmp_pat
         command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
     command = command_for(tmp_path, place("torchrun", None, hostfile(tmp_path), CPU), environ)
     assert command.travels["NCCL_DEBUG_FILE"] == value
+
+
+def test_pdsh_gives_up_a_host_that_falls_silent(tmp_path):
+    command = command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU))
+    alive = "-o ServerAliveInterval=5 -o ServerAliveCountMax=4"
+    assert command.env["PDSH_SSH_ARGS_APPEND"] == alive
+    environ = {**ENVIRON, "PDSH_SSH_ARGS_APPEND": "-p 2222"}
+    command = command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
+    assert command.env["PDSH_SSH_ARGS_APPEND"] == f"-p 2222 {alive}"
 
 
 def test_values_between_double_quotes_travel_by_pdsh(tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from lmscale.cli.main import main
+from lmscale.launcher import reach
+from lmscale.launcher.environment import free_port
 from lmscale.launcher.host_facts import code_hash, gather, gloo_interface, interfaces, nccl_interface
 from lmscale.launcher.hosts import Host
 from lmscale.launcher.preflight import examine_hosts
@@ -144,6 +146,26 @@ def test_an_all_reduce_that_fails_names_the_host(directory, monkeypatch):
     assert found.all_reduce.state == "missing"
     assert found.all_reduce.value == "cut: No route to host"
     assert not found.is_ready
+
+
+def test_a_host_that_is_cut_off_is_named_and_not_those_that_wait_for_it(directory, monkeypatch):
+    def line(module: str, *arguments: str) -> str:
+        if module.endswith("all_reduce"):
+            return "echo Timed out waiting for clients >&2; exit 1"
+        cut = 'test "$FAKE_SSH_HOST" = cut && { echo No route to host >&2; exit 1; }; '
+        return (cut if arguments[0] == "connect" else "") + python_line(module, *arguments)
+
+    monkeypatch.setattr("lmscale.launcher.preflight.python_line", line)
+    monkeypatch.setattr("lmscale.launcher.preflight.rendezvous_address", lambda *_, **__: "127.0.0.1")
+    found = examine_hosts([Host("good", 1), Host("well", 1), Host("cut", 1)]).all_reduce
+    assert found.value == "cut: does not reach good (127.0.0.1): No route to host"
+    found = examine_hosts([Host("good", 1), Host("well", 1)]).all_reduce
+    assert found.value == "good, well: Timed out waiting for clients"
+
+
+def test_a_port_that_nobody_listens_at_is_not_reached(capsys):
+    assert reach.main(["connect", "127.0.0.1", str(free_port())]) == 1
+    assert capsys.readouterr().err == "Connection refused\n"
 
 
 @pytest.mark.parametrize(

@@ -142,14 +142,14 @@ class FarLaunch:
         self.argv = [sys.executable, str(HERE / "fake_launcher.py"), "2", str(HERE / "stand_in.py")]
         self.argv += [behaviour, str(self.logs)]
 
-    def run(self, when=lambda: None) -> Outcome:
+    def run(self, when=lambda: None, **options) -> Outcome:
         with Relay(self.status_dir, self.run_id, 2) as relay:
             address = f"{STATUS_ADDRESS}=127.0.0.1:{relay.port}"
             argv = ["env", "-u", STATUS_DIR, address, f"{STATUS_BY_FILE}=1", *self.argv]
             thread = threading.Thread(target=when)
             thread.start()
             environ = {**os.environ, RUN_ID: self.run_id}
-            outcome = supervise(argv, environ, self.status_dir, 2, is_local=False, relay=relay)
+            outcome = supervise(argv, environ, self.status_dir, 2, is_local=False, relay=relay, **options)
             thread.join()
         return outcome
 
@@ -175,6 +175,13 @@ def test_errors_and_the_rank_that_died_are_told_as_on_one_host(tmp_path):
     outcome = FarLaunch(tmp_path / "second", "killed-and-lost").run()
     host = os.uname().nodename
     assert outcome == Outcome(1, f"died without a word, killed or crashed: rank 1 of 2, on {host}", lost=(1,))
+
+
+def test_a_host_whose_ranks_do_not_come_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("lmscale.launcher.supervise.sweep", lambda hosts, run_id: None)  # they are no hosts
+    outcome = FarLaunch(tmp_path, "unborn").run(rank_hosts=["node-1", "node-2"], start_s=1.0)
+    line = "hang: rank 1 of 2 on node-2 has not started, 1 s after the first was there"
+    assert outcome == Outcome(76, line, lost=(1,))
 
 
 def test_a_rank_that_cannot_reach_its_supervisor_says_so_and_ends(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale.launcher import supervise as supervision
 from lmscale.launcher.environment import free_port
 from lmscale.launcher.processes import marked, ranks_of
 from lmscale.launcher.status import RUN_ID, Report, read_registrations
@@ -106,6 +107,17 @@ def test_a_signal_before_the_ranks_are_up_waits_for_them(tmp_path):
 
     assert launch.run(act).status == 75
     assert launch.log(1) == "up\nstopped by SIGTERM\nsaved\n"
+
+
+def test_a_launch_that_does_not_come_up_ends_when_it_is_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervision, "_START_GRACE_S", 1.0)
+    launch = Launch(tmp_path, "one-missing")
+
+    def act():
+        wait_until(lambda: "up" in launch.log(0))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert launch.run(act) == Outcome(75, "stopped before every rank was up")
 
 
 def test_a_second_interrupt_kills(tmp_path):
