@@ -25,7 +25,17 @@ from lmscale.launcher.doctor import Finding
 from lmscale.launcher.environment import is_secret, travelling, user_exports
 from lmscale.launcher.host_facts import PACKAGES, gather
 from lmscale.launcher.hosts import Host
-from lmscale.launcher.shell import SSH, is_loopback, python_line, remote_python_path, rendezvous_address, with_exports
+from lmscale.launcher.shell import (
+    NO_SUCH_PROGRAM,
+    SSH,
+    SSH_FAILED,
+    is_loopback,
+    python_line,
+    remote_python_path,
+    rendezvous_address,
+    ssh_remedy,
+    with_exports,
+)
 
 _GIB = 1 << 30
 _MIN_DISK_GIB, _MIN_SHM_GIB = 10.0, 1.0
@@ -34,7 +44,6 @@ _MAX_CLOCK_S = 1.0
 the age of checkpoints do."""
 _FACTS_S, _ALL_REDUCE_S, _REACH_S = 30.0, 90.0, 60.0
 _SHOWN_DIGITS = 8
-_SSH_FAILED, _NO_SUCH_PROGRAM = 255, 127
 
 
 @dataclass
@@ -69,13 +78,12 @@ class Preflight:
         return all(each.is_ready for each in self.hosts) and self.all_reduce.state != "missing"
 
 
-def examine_hosts(hosts: Sequence[Host], prefixes: Sequence[str] = (), directory: Path | None = None) -> Preflight:
+def examine_hosts(hosts: Sequence[Host], prefixes: Sequence[str] = ()) -> Preflight:
     """Look at every host of a hostfile.
 
     Args:
         hosts: of the file.
         prefixes: of corpora that every host must see with the same content.
-        directory: whose free space counts; the working directory if left out.
 
     Raises:
         ConfigError: if there is no ssh here.
@@ -83,7 +91,7 @@ def examine_hosts(hosts: Sequence[Host], prefixes: Sequence[str] = (), directory
     if shutil.which("ssh") is None:
         remedy = "install it, on Debian: apt-get install openssh-client"
         raise ConfigError("needs ssh, which is not on the PATH", field="--hostfile", remedy=remedy)
-    directory = directory or Path.cwd()
+    directory = Path.cwd()  # whose free space counts
     environ = _travelling()
     absolute = [os.path.abspath(prefix) for prefix in prefixes]
     line = with_exports(python_line("lmscale.launcher.host_facts", str(directory), *absolute), environ)
@@ -184,16 +192,12 @@ def _unreachable(host: str, status: int, err: str, has_timed_out: bool) -> Findi
     said = next(reversed([line.strip() for line in err.splitlines() if line.strip()]), f"ended with status {status}")
     if has_timed_out:
         return Finding("ssh", "missing", f"has not answered for {_FACTS_S:g} s", f"look at {host}, and its network")
-    if status == _NO_SUCH_PROGRAM:
+    if status == NO_SUCH_PROGRAM:
         remedy = "install lmscale at the same path on every host"
         return Finding("ssh", "missing", f"no {sys.executable} there", remedy)
-    if status != _SSH_FAILED:
+    if status != SSH_FAILED:
         return Finding("ssh", "missing", said, "install the same lmscale at the same path on every host")
-    if "Permission denied" in said:
-        return Finding("ssh", "missing", said, f"it must work without a password: ssh-copy-id {host}")
-    if "Host key verification failed" in said:
-        return Finding("ssh", "missing", said, f"call ssh {host} once by hand, and accept its key")
-    return Finding("ssh", "missing", said, "correct the name, or start the host and its sshd")
+    return Finding("ssh", "missing", said, ssh_remedy(host, said))
 
 
 def _versions(there: Mapping[str, str | None], here: Mapping[str, str | None]) -> Finding:

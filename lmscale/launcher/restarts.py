@@ -19,8 +19,7 @@ from lmscale.config.run import RunConfig
 from lmscale.errors import EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.launcher.compose import Placement, compose
 from lmscale.launcher.elastic import shrink
-from lmscale.launcher.remote import HostError
-from lmscale.launcher.shell import PortError
+from lmscale.launcher.shell import HostError, PortError
 from lmscale.launcher.start import resolved_config_path, start
 from lmscale.launcher.status import STARTED_AT
 from lmscale.launcher.supervise import Outcome

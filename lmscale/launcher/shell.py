@@ -11,12 +11,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lmscale.launcher.remote import HostError
+from lmscale.errors import ConfigError
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 """Asks nothing, and gives up soon."""
+SSH_FAILED, NO_SUCH_PROGRAM = 255, 127
+"""Statuses: of ssh where it does not come through, of a shell where it does not find what it should run."""
 _CONFIG_S = 5.0
 _PORT_S = 15.0
+
+
+class HostError(ConfigError):
+    """A host of the hostfile cannot take its ranks."""
 
 
 class PortError(HostError):
@@ -73,6 +79,20 @@ def check_port(host: str, port: int) -> None:
         reason = done.stderr.strip().rpartition("] ")[2].lower()
         remedy = "name another one, or end what listens there"
         raise PortError(f"cannot be used on {host}: {reason}", field="--master-port", value=port, remedy=remedy)
+
+
+def ssh_remedy(host: str, said: str) -> str:
+    """Say what to do where ssh does not come through to a host.
+
+    Args:
+        host: its name.
+        said: ssh's last line.
+    """
+    if "Permission denied" in said:
+        return f"it must work without a password: ssh-copy-id {host}"
+    if "Host key verification failed" in said:
+        return f"call ssh {host} once by hand, and accept its key"
+    return "correct the name, or start the host and its sshd"
 
 
 def rendezvous_address(first: str, is_alone: bool) -> str:

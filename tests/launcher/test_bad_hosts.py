@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,3 +133,20 @@ def test_nothing_is_left_of_a_start_that_was_refused(directory, capsys, hosts, u
     assert not marked("refused-start")
     left = {path.name for path in (directory / "run").iterdir()}
     assert left == {"config.resolved.yaml"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_nothing_is_left_of_a_start_that_is_stopped_while_the_hosts_are_asked(directory, capsys, number, monkeypatch):
+    def ask(hosts, config_file):
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    (directory / "tmp").mkdir()
+    (directory / "hosts").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setattr("tempfile.tempdir", str(directory / "tmp"))
+    monkeypatch.setattr("lmscale.launcher.start.prepare", ask)
+    options = ["--launcher", "pdsh", "--max-restarts", "3"]
+    assert main(["train", str(directory / "run.yaml"), "--hostfile", str(directory / "hosts"), *options]) == 75
+    assert capsys.readouterr().err == "error: stopped before the ranks were started\n"
+    assert not (directory / STARTED).exists()
+    assert not list((directory / "tmp").iterdir())

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lmscale.launcher import remote
-from lmscale.launcher.remote import Addresses, HostError, answers, prepare, sweep
+from lmscale.launcher.remote import answers, prepare, sweep
+from lmscale.launcher.shell import HostError
 from lmscale.launcher.status import RUN_ID
 
 SSH = """#!/bin/sh
@@ -45,7 +46,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_every_host_gets_the_config_and_the_address_is_what_it_sees(ssh, config):
-    assert prepare(["one", "two"], config) == Addresses("10.0.0.7", "10.0.0.8")
+    assert prepare(["one", "two"], config) == "10.0.0.7"
     assert config.read_text() == "model: {$x: '`y`'}\n"
     assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
 
@@ -67,7 +68,7 @@ def test_an_answer_that_is_none_is_told_in_a_line(ssh, config, host, monkeypatch
 
 
 def test_what_a_hosts_shell_says_to_everyone_is_passed_over(ssh, config):
-    assert prepare(["polite"], config).here == "10.0.0.7"
+    assert prepare(["polite"], config) == "10.0.0.7"
 
 
 def test_another_version_is_named_with_ours(ssh, config, monkeypatch):
@@ -81,7 +82,7 @@ def test_another_version_is_named_with_ours(ssh, config, monkeypatch):
 def test_a_missing_package_is_named(ssh, config, monkeypatch):
     here = remote._versions()
     monkeypatch.setattr(remote, "_versions", lambda: here + " apex=9")
-    monkeypatch.setattr(remote, "_PACKAGES", (*remote._PACKAGES, "no-such-package"))
+    monkeypatch.setattr(remote, "PACKAGES", (*remote.PACKAGES, "no-such-package"))
     with pytest.raises(HostError, match=r"has no-such-package=none and this host apex=9"):
         prepare(["one"], config)
 
