@@ -10,7 +10,11 @@
 # itself, Hydra passes on the whole environment.)
 set -euo pipefail
 
-hostfile=${1:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
-run=${2:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
+if (($# < 2)); then
+    echo "error: usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]" >&2
+    exit 2
+fi
+hostfile=$1
+run=$2
 shift 2
 exec lmscale train "$run" --launcher mpich --hostfile "$hostfile" "$@"

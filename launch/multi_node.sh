@@ -14,7 +14,11 @@
 # --dry-run prints what runs on each host. TERM and Ctrl-C, or the file output_dir/STOP, save and stop.
 set -euo pipefail
 
-hostfile=${1:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
-run=${2:?usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]}
+if (($# < 2)); then
+    echo "error: usage: $0 HOSTFILE RUN.yaml [key=value ...] [options of lmscale train]" >&2
+    exit 2
+fi
+hostfile=$1
+run=$2
 shift 2
 exec lmscale train "$run" --launcher pdsh --hostfile "$hostfile" "$@"

@@ -8,6 +8,10 @@
 # Nothing has to travel. --dry-run prints the command, TERM and Ctrl-C save and stop.
 set -euo pipefail
 
-run=${1:?usage: $0 RUN.yaml [key=value ...] [options of lmscale train]}
+if (($# < 1)); then
+    echo "error: usage: $0 RUN.yaml [key=value ...] [options of lmscale train]" >&2
+    exit 2
+fi
+run=$1
 shift
 exec lmscale train "$run" ${NUM_RANKS:+--devices "$NUM_RANKS"} "$@"

@@ -13,9 +13,13 @@
 # or 1) are torchrun's.
 set -euo pipefail
 
-nnodes=${1:?usage: $0 MIN:MAX ADDRESS RUN.yaml [key=value ...] [options of lmscale train]}
-address=${2:?usage: $0 MIN:MAX ADDRESS RUN.yaml [key=value ...] [options of lmscale train]}
-run=${3:?usage: $0 MIN:MAX ADDRESS RUN.yaml [key=value ...] [options of lmscale train]}
+if (($# < 3)); then
+    echo "error: usage: $0 MIN:MAX ADDRESS RUN.yaml [key=value ...] [options of lmscale train]" >&2
+    exit 2
+fi
+nnodes=$1
+address=$2
+run=$3
 shift 3
 exec lmscale train "$run" --launcher torchrun --nnodes "$nnodes" --master-addr "$address" \
     --max-restarts "${MAX_RESTARTS:-100}" ${NUM_RANKS:+--devices "$NUM_RANKS"} "$@"

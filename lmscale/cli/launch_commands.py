@@ -24,7 +24,7 @@ def train(
     devices: Annotated[
         int | None,
         typer.Option(
-            help="Ranks on each host. Left out: the hostfile's slots, or all CUDA devices of this host, or 1."
+            help="Ranks on each host. Left out: the hostfile's slots, Slurm's tasks, all CUDA devices of this host, or 1."
         ),
     ] = None,
     hostfile: Annotated[str | None, typer.Option(help='Hosts, one to a line: "NAME slots=RANKS".')] = None,

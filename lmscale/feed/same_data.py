@@ -50,5 +50,5 @@ def check_same_corpora(config: RunConfig) -> None:
 def _hashes(config: RunConfig) -> dict[str, str] | str:
     try:
         return corpus_hashes(config)
-    except LmscaleError as error:
-        return str(error)
+    except (LmscaleError, OSError) as error:
+        return str(error)  # raised here, it would leave the other hosts in the collective

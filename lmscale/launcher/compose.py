@@ -30,6 +30,9 @@ __all__ = ["Command", "Launcher", "Nodes", "Placement", "compose", "module_of", 
 PRETRAIN, FINETUNE = "lmscale.pretrain", "lmscale.finetune"
 _PORT = 29500
 """Where the parts of a torchrun meet that each host starts by itself: the same on each, as torchrun has it."""
+_PDSH_SSH = "PDSH_SSH_ARGS_APPEND"
+_SAVE_S = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}
+"""From TERM to KILL, by torchrun: its 30 s may cut off a save. Shorter than launch/kubernetes.yaml lets a pod have."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Command:
     """What ranks on other hosts get of it; empty on one host."""
     is_local: bool
     """All ranks are processes of this host, below the launcher."""
-    passes_signals: bool = False
-    """The launcher hands signals to its ranks by itself."""
+    passes_usr1: bool = False
+    """The launcher hands USR1 to its ranks by itself. (At TERM srun kills them at once, at INT it prints where they are.)"""
     on_hosts: tuple[HostCommand, ...] = ()
     """What the launcher starts on each of several hosts."""
     withheld: tuple[str, ...] = ()
@@ -59,6 +62,11 @@ class Command:
     """The ranks of this host alone, of a run that each host joins by itself."""
     hosts: tuple[str, ...] = ()
     """Of the hostfile."""
+
+    @property
+    def rank_hosts(self) -> tuple[str, ...]:
+        """The host of each rank, in their order, where there is a hostfile."""
+        return tuple(each.host for each in self.on_hosts for _ in range(each.num_ranks or 0)) if self.hosts else ()
 
     def show(self) -> str:
         """Render as a line for a shell."""
@@ -90,10 +98,10 @@ def compose(
         environ: the environment that the launcher will start in.
 
     Raises:
-        ConfigError: if the launcher cannot address the devices.
+        ConfigError: if the launcher cannot address the devices, or cannot pass on a variable or a path.
     """
     assert plan.num_ranks == placement.num_ranks
-    busiest = max(map(placement.slots, placement.hosts), default=placement.num_ranks)
+    busiest = max(map(placement.slots, placement.hosts), default=placement.ranks_per_host or placement.num_ranks)
     if placement.nodes is not None:
         busiest = placement.num_ranks // placement.nodes.most
     env = {RUN_ID: uuid.uuid4().hex}
@@ -111,10 +119,11 @@ def compose(
     # A rank's identity left over from an outer launch would make the launcher itself look like a rank.
     unset = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
     if placement.nodes is not None:
-        argv = [_program("torchrun"), *many_hosts.node_options(placement, _PORT), *rank_argv]
+        argv = [_program("torchrun"), *many_hosts.node_options(placement, _PORT, plan.config.output_dir), *rank_argv]
         nodes = placement.nodes
         where = "each host" if nodes.rank is None else f"host {nodes.rank} of {nodes.most}"
         here = HostCommand(where, busiest, shlex.join(argv))
+        env |= {name: value for name, value in _SAVE_S.items() if name not in environ}
         travels = travelling({**environ, **env})
         # A supervisor of an outer launch cannot hear the ranks of all hosts.
         unset += [STATUS_DIR, STATUS_ADDRESS, STATUS_BY_FILE]
@@ -150,6 +159,9 @@ def _on_hosts(placement: Placement, rank_argv: list[str], env: dict[str, str], e
     reads_env_file = placement.launcher not in build
     if reads_env_file:
         travels = many_hosts.deepspeed_exports(inherited) | travels
+        many_hosts.check_pdsh(rank_argv, travels)
+        # ssh would wait for ever for a host that falls silent before its ranks are there.
+        env[_PDSH_SSH] = f"{environ.get(_PDSH_SSH, '')} -o ServerAliveInterval=5 -o ServerAliveCountMax=4".strip()
         argv, on_hosts = many_hosts.deepspeed(_program("deepspeed"), placement, rank_argv, meeting)
         del env["PYTHONPATH"]  # DeepSpeed puts the working directory before it, once more
     else:
@@ -176,7 +188,7 @@ def _in_slurm(placement: Placement, rank_argv: list[str], env: dict[str, str], e
     unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", *sorted(filter(is_secret, environ)))
     argv, on_hosts = many_hosts.slurm(placement, rank_argv, environ)
     travels = travelling(environ) | env
-    return Command(tuple(argv), env, unset, travels, False, passes_signals=True, on_hosts=tuple(on_hosts))
+    return Command(tuple(argv), env, unset, travels, False, passes_usr1=True, on_hosts=tuple(on_hosts))
 
 
 def _program(name: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+from lmscale.errors import ConfigError
 
 _RANK_NAMES = {
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
@@ -20,7 +23,9 @@ _TRAVELS = re.compile(
     r"|CUDA_DEVICE_MAX_CONNECTIONS$|CUBLAS_WORKSPACE_CONFIG$|TOKENIZERS_PARALLELISM$|HF_HOME$|HF_HUB_OFFLINE$|PYTORCH_)"
 )
 _SECRET = re.compile(
-    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|JWT", re.IGNORECASE
+    r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASSFILE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|JWT"
+    r"|_(KEYS?|PASS|PAT|AUTH)$",  # at the end alone: NCCL_PAT_ENABLE chooses an algorithm
+    re.IGNORECASE,
 )
 _ENV_FILE = ".deepspeed_env"
 """DeepSpeed's name of the user's file of variables for the other hosts, in the home and in the working directory."""
@@ -65,6 +70,20 @@ def user_exports(environ: Mapping[str, str]) -> dict[str, str]:
     return variables
 
 
+def slurm_number(environ: Mapping[str, str], name: str) -> int | None:
+    """Read one of the numbers that Slurm gives a job; None where it gives none.
+
+    Raises:
+        ConfigError: if it is not a positive number.
+    """
+    text = environ.get(name)
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError("must be a number above 0", field=name, value=text, remedy="it is Slurm's: do not set it")
+    return int(text)
+
+
 def visible_devices(environ: Mapping[str, str], device_directory: Path = Path("/dev")) -> list[str] | None:
     """List the CUDA devices of this host without importing torch; None where there is no such device.
 
@@ -102,3 +121,16 @@ def is_free_port(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def is_of_this_host(address: str) -> bool:
+    """Tell whether a name or an address is one of this host's own: only then it can be listened at."""
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, at in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as listener:
+            listener.bind(at)
+            return True
+    return False

@@ -22,6 +22,7 @@ counts from what it sent last, so that a rank which tells something meanwhile le
 _PROBE_S = 2
 _CONNECT_S = 10.0
 _TRIES = 3
+_RECEIVED = 4096
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -80,9 +81,11 @@ class Link:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def _read(self) -> None:
-        reason = "it has ended"
+        reason, text = "it has ended", b""
         try:
-            with self._socket.makefile("rb") as lines:
+            # Not by makefile: as long as its file is open, a forked child's close would not close the connection.
+            while received := self._socket.recv(_RECEIVED):
+                *lines, text = (text + received).split(b"\n")
                 for line in lines:
                     os.kill(os.getpid(), signal.Signals(int(line)))
         except (OSError, ValueError) as error:

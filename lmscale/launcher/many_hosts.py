@@ -7,6 +7,7 @@ ranks for each host, put every variable's value on a command line that other use
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -17,14 +18,21 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lmscale.errors import ConfigError
+from lmscale.launcher.environment import slurm_number
 from lmscale.launcher.placement import Placement
 from lmscale.launcher.shell import HostCommand, python_line, python_module
 
 _SRUN_WAIT_S = 60
 """srun ends the other tasks this long after the first; at once, it would cut a save short that a signal asked for."""
 _SCONTROL_S = 10.0
+_ID_DIGITS = 12
 _DEEPSPEED_EXPORTS = ("MLFLOW", "PYTHON", "MV2", "UCX")
 """Beginnings of the names that DeepSpeed exports by itself; NCCL too, where it runs on CUDA."""
+
+_CHANGES_IN_QUOTES = re.compile(r'[$`"\\\n]|%[hnu%]')
+_CHANGES = re.compile(r"[^\w@%+=:,./-]|%[hnu%]")
+"""What a shell, or pdsh, takes for something else between double quotes, and without them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,29 @@ def deepspeed_exports(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(_DEEPSPEED_EXPORTS)}
 
 
+def check_pdsh(rank_argv: Sequence[str], travels: Mapping[str, str]) -> None:
+    """Check that the hosts' shells get from pdsh what is meant, and what --dry-run shows.
+
+    DeepSpeed's launcher puts a variable's value between double quotes and cuts off blanks and lines around it; the working
+    directory, the Python and arguments without a blank it does not quote at all; pdsh puts the host for %h, and so on.
+
+    Raises:
+        ConfigError: naming what would become something else there.
+    """
+    for name, value in travels.items():
+        if _CHANGES_IN_QUOTES.search(value) or value != value.strip():
+            remedy = "set it on the hosts, or use --launcher torchrun"
+            raise ConfigError("cannot travel by pdsh: a shell would change it", field=name, value=value, remedy=remedy)
+    places = {"the working directory": os.getcwd(), "Python": sys.executable, "output_dir": rank_argv[-1]}
+    for field, path in places.items():
+        is_quoted = field == "output_dir" and " " in path
+        if (_CHANGES_IN_QUOTES if is_quoted else _CHANGES).search(path):
+            remedy = "give it a name of letters, digits and .-_/, or use --launcher torchrun"
+            raise ConfigError(
+                "cannot be passed on by pdsh: a shell would change it", field=field, value=path, remedy=remedy
+            )
+
+
 def openmpi(placement: Placement, rank_argv: list[str], meeting: Meeting, travels: Sequence[str]) -> Composed:
     """Compose OpenMPI's mpirun, for processes alone: the ranks talk by NCCL or gloo."""
     program = next(filter(shutil.which, ("mpirun.openmpi", "mpirun")), "mpirun")
@@ -111,8 +142,12 @@ def torchrun_over_ssh(placement: Placement, rank_argv: list[str], meeting: Meeti
     return argv, on_hosts
 
 
-def node_options(placement: Placement, port: int) -> list[str]:
-    """Compose torchrun's options on a host that joins by itself: fixed places, or a range that finds its own order."""
+def node_options(placement: Placement, port: int, output_dir: str) -> list[str]:
+    """Compose torchrun's options on a host that joins by itself: fixed places, or a range that finds its own order.
+
+    The hosts of a range know each other by the run's directory: those of another run that come to the same place are not
+    taken in.
+    """
     nodes, address = placement.nodes, placement.master_addr or "127.0.0.1"
     assert nodes is not None
     port = placement.master_port or port
@@ -120,7 +155,8 @@ def node_options(placement: Placement, port: int) -> list[str]:
     if not nodes.is_elastic:
         static = [f"--nnodes={nodes.most}", f"--node-rank={nodes.rank}"]
         return [*static, each, f"--master-addr={address}", f"--master-port={port}"]
-    meets = ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", "--rdzv-id=lmscale"]
+    run = hashlib.sha256(os.path.abspath(output_dir).encode()).hexdigest()[:_ID_DIGITS]
+    meets = ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", f"--rdzv-id=lmscale-{run}"]
     return [f"--nnodes={nodes.least}:{nodes.most}", each, f"--max-restarts={nodes.max_restarts}", *meets]
 
 
@@ -128,9 +164,11 @@ def slurm(placement: Placement, rank_argv: list[str], environ: Mapping[str, str]
     """Compose srun; what runs on which host Slurm has decided."""
     rank = _rank(rank_argv)
     keep = ["--kill-on-bad-exit=0", f"--wait={_SRUN_WAIT_S}", "--export=ALL"]
-    argv = ["srun", f"--ntasks={placement.num_ranks}", *keep, *rank]
+    each = placement.ranks_per_host
+    spread = [] if each is None else [f"--ntasks-per-node={each}"]
+    argv = ["srun", f"--ntasks={placement.num_ranks}", *spread, *keep, *rank]
     line = f"cd {shlex.quote(os.getcwd())}; {shlex.join(rank)}"
-    return argv, [HostCommand(name, count, line) for name, count in _allocation(environ)]
+    return argv, [HostCommand(name, each or count, line) for name, count in _allocation(environ)]
 
 
 def slurm_meeting(placement: Placement, environ: Mapping[str, str]) -> dict[str, str]:
@@ -140,7 +178,7 @@ def slurm_meeting(placement: Placement, environ: Mapping[str, str]) -> dict[str,
         # The batch script runs on the first host of the allocation, where rank 0 is.
         env["MASTER_ADDR"] = placement.master_addr or environ.get("SLURMD_NODENAME") or os.uname().nodename
     if placement.master_port is not None or "MASTER_PORT" not in environ:
-        port = placement.master_port or 20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000
+        port = placement.master_port or 20000 + (slurm_number(environ, "SLURM_JOB_ID") or 0) % 20000
         env["MASTER_PORT"] = str(port)
     return env
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from lmscale.config.validation import nearest
 from lmscale.errors import ConfigError
-from lmscale.launcher.environment import is_free_port, visible_devices
+from lmscale.launcher.environment import is_free_port, is_of_this_host, slurm_number, visible_devices
 from lmscale.launcher.hosts import Host, read_hostfile
 
 Launcher = Literal["deepspeed", "pdsh", "openmpi", "mpich", "slurm", "torchrun"]
@@ -115,16 +115,41 @@ def place(
     _check_meeting(name, hosts, nodes, master_addr, master_port)
     placement = Placement(name, hostfile, hosts, devices, 1, cuda_devices, nodes, master_addr, master_port)
     if hosts:
+        _check_slots(hosts, devices)
         return replace(placement, num_ranks=sum(map(placement.slots, hosts)))
-    if name == "slurm" and devices is None:
-        return replace(placement, num_ranks=int(environ.get("SLURM_NTASKS", "1")))
+    if name == "slurm":
+        return replace(placement, num_ranks=_slurm_ranks(devices, environ))
     here = devices or len(cuda_devices) or 1
-    if cuda_devices and here > len(cuda_devices) and name != "slurm":
+    if cuda_devices and here > len(cuda_devices):
         remedy = "use fewer, or DS_ACCELERATOR=cpu"
         raise ConfigError(
             f"this host has {len(cuda_devices)} CUDA devices", field="--devices", value=here, remedy=remedy
         )
     return replace(placement, num_ranks=here * (nodes.most if nodes else 1))
+
+
+def _check_slots(hosts: tuple[Host, ...], devices: int | None) -> None:
+    small = next((host for host in hosts if devices is not None and host.slots < devices), None)
+    if small is not None:
+        rule = f"{small.name} has {small.slots} slot{'s' * (small.slots != 1)} in the hostfile"
+        raise ConfigError(rule, field="--devices", value=devices, remedy="use fewer, or correct its slots")
+
+
+def _slurm_ranks(devices: int | None, environ: Mapping[str, str]) -> int:
+    """Count the ranks in a job of Slurm's: its tasks, or as many as are asked for on each of its hosts."""
+    num_hosts = slurm_number(environ, "SLURM_JOB_NUM_NODES") or slurm_number(environ, "SLURM_NNODES")
+    num_tasks = slurm_number(environ, "SLURM_NTASKS")
+    if devices is not None and num_hosts is not None:
+        return devices * num_hosts
+    if devices is None and num_tasks is not None:
+        return num_tasks
+    if num_hosts is not None:
+        remedy = "give it, or submit the job with --ntasks-per-node"
+        raise ConfigError(
+            "is required in a job without a number of tasks", field="--devices", value=None, remedy=remedy
+        )
+    remedy = "start it by sbatch launch/slurm.sbatch, or in what salloc gives"
+    raise ConfigError("starts ranks in a job of Slurm's", field="--launcher", value="slurm", remedy=remedy)
 
 
 def _known(name: str) -> Launcher:
@@ -207,5 +232,7 @@ def _check_meeting(
     if not 1 <= port <= 65535:
         raise ConfigError("must be between 1 and 65535", field="--master-port", value=port)
     meets_here = not hosts and name != "slurm" and (nodes is None or nodes.rank == 0)
+    if nodes is not None and nodes.is_elastic:
+        meets_here = is_of_this_host(address or "localhost")
     if meets_here and not is_free_port(port):
         raise ConfigError("is in use on this host", field="--master-port", value=port, remedy="use another, or none")

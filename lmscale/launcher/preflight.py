@@ -6,33 +6,44 @@ must be this host's; corpora must be the same on all; then an all-reduce goes ov
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lmscale.errors import ConfigError
 from lmscale.launcher.doctor import Finding
 from lmscale.launcher.environment import is_secret, travelling, user_exports
 from lmscale.launcher.host_facts import PACKAGES, gather
 from lmscale.launcher.hosts import Host
-from lmscale.launcher.shell import SSH, is_loopback, python_line, remote_python_path, rendezvous_address, with_exports
+from lmscale.launcher.shell import (
+    NO_SUCH_PROGRAM,
+    SSH,
+    SSH_FAILED,
+    is_loopback,
+    python_line,
+    remote_python_path,
+    rendezvous_address,
+    ssh_remedy,
+    with_exports,
+)
 
 _GIB = 1 << 30
 _MIN_DISK_GIB, _MIN_SHM_GIB = 10.0, 1.0
 _MAX_CLOCK_S = 1.0
 """Beyond what the round trip leaves open. Training itself does not read other hosts' clocks; shared file systems, logs and
 the age of checkpoints do."""
-_FACTS_S, _ALL_REDUCE_S = 30.0, 90.0
+_FACTS_S, _ALL_REDUCE_S, _REACH_S = 30.0, 90.0, 60.0
 _SHOWN_DIGITS = 8
-_SSH_FAILED, _NO_SUCH_PROGRAM = 255, 127
 
 
 @dataclass
@@ -67,13 +78,12 @@ class Preflight:
         return all(each.is_ready for each in self.hosts) and self.all_reduce.state != "missing"
 
 
-def examine_hosts(hosts: Sequence[Host], prefixes: Sequence[str] = (), directory: Path | None = None) -> Preflight:
+def examine_hosts(hosts: Sequence[Host], prefixes: Sequence[str] = ()) -> Preflight:
     """Look at every host of a hostfile.
 
     Args:
         hosts: of the file.
         prefixes: of corpora that every host must see with the same content.
-        directory: whose free space counts; the working directory if left out.
 
     Raises:
         ConfigError: if there is no ssh here.
@@ -81,7 +91,7 @@ def examine_hosts(hosts: Sequence[Host], prefixes: Sequence[str] = (), directory
     if shutil.which("ssh") is None:
         remedy = "install it, on Debian: apt-get install openssh-client"
         raise ConfigError("needs ssh, which is not on the PATH", field="--hostfile", remedy=remedy)
-    directory = directory or Path.cwd()
+    directory = Path.cwd()  # whose free space counts
     environ = _travelling()
     absolute = [os.path.abspath(prefix) for prefix in prefixes]
     line = with_exports(python_line("lmscale.launcher.host_facts", str(directory), *absolute), environ)
@@ -134,7 +144,7 @@ def _ask(host: str, line: str) -> Examined:
                 before = time.time()
                 asked.stdin.write("\n")
                 asked.stdin.flush()
-                there = float(asked.stdout.readline())
+                there = _read_number(asked.stdout)
                 after = time.time()
                 examined.clock_offset_s, examined.clock_error_s = there - (before + after) / 2, (after - before) / 2
             out, err = asked.communicate(timeout=_FACTS_S)
@@ -151,12 +161,18 @@ def _ask(host: str, line: str) -> Examined:
     return examined
 
 
+def _read_number(lines: IO[str]) -> float:
+    """Read the number that a host answers; before that there may be what its shell says to everyone."""
+    for line in iter(lines.readline, ""):
+        with contextlib.suppress(ValueError):
+            return float(line)
+    raise ValueError("no number in the answer")
+
+
 class _Watch:
     """Kills a process that takes too long, since a pipe's readline has no time-out."""
 
     def __init__(self, process: subprocess.Popen[str], limit_s: float):
-        import threading
-
         self._process, self._has_expired = process, False
         self._timer = threading.Timer(limit_s, self._expire)
         self._timer.daemon = True
@@ -176,16 +192,12 @@ def _unreachable(host: str, status: int, err: str, has_timed_out: bool) -> Findi
     said = next(reversed([line.strip() for line in err.splitlines() if line.strip()]), f"ended with status {status}")
     if has_timed_out:
         return Finding("ssh", "missing", f"has not answered for {_FACTS_S:g} s", f"look at {host}, and its network")
-    if status == _NO_SUCH_PROGRAM:
+    if status == NO_SUCH_PROGRAM:
         remedy = "install lmscale at the same path on every host"
         return Finding("ssh", "missing", f"no {sys.executable} there", remedy)
-    if status != _SSH_FAILED:
+    if status != SSH_FAILED:
         return Finding("ssh", "missing", said, "install the same lmscale at the same path on every host")
-    if "Permission denied" in said:
-        return Finding("ssh", "missing", said, f"it must work without a password: ssh-copy-id {host}")
-    if "Host key verification failed" in said:
-        return Finding("ssh", "missing", said, f"call ssh {host} once by hand, and accept its key")
-    return Finding("ssh", "missing", said, "correct the name, or start the host and its sshd")
+    return Finding("ssh", "missing", said, ssh_remedy(host, said))
 
 
 def _versions(there: Mapping[str, str | None], here: Mapping[str, str | None]) -> Finding:
@@ -255,22 +267,62 @@ def _all_reduce(examined: Sequence[Examined], environ: Mapping[str, str]) -> Fin
         number, each = numbered
         line = with_exports(python_line("lmscale.launcher.all_reduce", str(number), *meets), environ)
         try:
-            argv = [*SSH, each.host, line]
-            return subprocess.run(argv, capture_output=True, text=True, timeout=_ALL_REDUCE_S, check=False)
+            return _run(each.host, line, _ALL_REDUCE_S)
         except subprocess.TimeoutExpired:
             return None
 
     with ThreadPoolExecutor(len(examined)) as pool:
         done = list(pool.map(take_part, enumerate(examined)))
-    failed = [(each.host, one) for each, one in zip(examined, done, strict=True) if one is None or one.returncode]
-    if failed or done[0] is None:
-        host, one = failed[0]
-        reason = "no answer" if one is None else (one.stderr.strip().rpartition("\n")[2] or f"status {one.returncode}")
+    failed = {
+        each.host: _reason(one) for each, one in zip(examined, done, strict=True) if one is None or one.returncode
+    }
+    if failed:
+        # A host that is cut off makes the others fail too, each with what it happened to wait for.
+        apart = _unreached(examined, address, environ)
+        what = {host: f"does not reach {first.host} ({address}): {reason}" for host, reason in apart.items()} or failed
         remedy = (
             "look at firewalls, and name the interface that all hosts share: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
         )
-        return Finding("all-reduce", "missing", f"{host}: {reason}", remedy)
+        return Finding("all-reduce", "missing", _by_reason(what), remedy)
+    assert done[0] is not None
     measured = json.loads(done[0].stdout)
     rate = measured["bus_bytes_per_second"]
     value = f"{rate / 1e9:.2f} GB/s ({rate * 8 / 1e9:.1f} Gbit/s) on each host's link, {measured['backend']}"
     return Finding("all-reduce", "ok", value)
+
+
+def _unreached(examined: Sequence[Examined], address: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Connect to the first host from each other one; return those that cannot, with the reason."""
+    line = with_exports(python_line("lmscale.launcher.reach", "listen"), environ)
+    argv, nothing = [*SSH, examined[0].host, line], subprocess.DEVNULL
+    listening = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=nothing, text=True)
+    watch = _Watch(listening, _REACH_S)
+    try:
+        with listening:
+            assert listening.stdout is not None
+            port = int(_read_number(listening.stdout))
+            line = with_exports(python_line("lmscale.launcher.reach", "connect", address, str(port)), environ)
+            others = [each.host for each in examined[1:]]
+            with ThreadPoolExecutor(len(examined)) as pool:
+                done = zip(others, pool.map(lambda host: _run(host, line, _FACTS_S), others), strict=True)
+            return {host: _reason(one) for host, one in done if one.returncode}
+    except (ValueError, subprocess.TimeoutExpired):
+        return {}
+    finally:
+        watch.stop()
+
+
+def _run(host: str, line: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    argv, nothing = [*SSH, host, line], subprocess.DEVNULL  # ssh would take what a caller's script has yet to read
+    return subprocess.run(argv, stdin=nothing, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def _reason(done: subprocess.CompletedProcess[str] | None) -> str:
+    if done is None:
+        return "no answer"
+    return done.stderr.strip().rpartition("\n")[2] or f"status {done.returncode}"
+
+
+def _by_reason(failed: Mapping[str, str]) -> str:
+    hosts = {reason: [host for host, each in failed.items() if each == reason] for reason in failed.values()}
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in hosts.items())

@@ -34,7 +34,8 @@ class Gone:
 class Relay:
     """Listen for the ranks of a launch; a context manager.
 
-    Who connects shows the run's id, which only the ranks were given.
+    Who connects shows the run's id. That keeps ranks of other launches out, and not who can list the processes of a host:
+    launchers put the id on command lines.
 
     Args:
         status_dir: the directory of the ranks' reports.
@@ -71,11 +72,19 @@ class Relay:
         """Ranks that are connected now."""
         return len(self._connections)
 
+    @property
+    def came(self) -> set[int]:
+        """Ranks that are or were connected."""
+        with self._lock:
+            return {*self._connections, *self._gone}
+
     def lost(self) -> dict[int, Gone]:
         """Return the ranks that are gone without a report, in the order in which they went."""
-        reports = read_reports(self._status_dir) if self._gone else {}
         with self._lock:
-            return {number: gone for number, gone in self._gone.items() if number not in reports}
+            gone = dict(self._gone)
+        # In this order: a rank that ends well meanwhile has reported before it went.
+        reports = read_reports(self._status_dir) if gone else {}
+        return {number: each for number, each in gone.items() if number not in reports}
 
     def signal(self, number: int) -> None:
         """Send a signal to every connected rank."""
@@ -106,7 +115,8 @@ class Relay:
                 return
             connection.settimeout(None)
             keep_alive(connection)
-            self._connections[rank] = connection
+            with self._lock:
+                self._connections[rank] = connection
             is_silent = False
             try:
                 while line := lines.readline(_LONGEST_LINE):

@@ -19,7 +19,7 @@ from lmscale.config.run import RunConfig
 from lmscale.errors import EXIT_BUDGET, EXIT_FAILURE, EXIT_HANG, EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.launcher.compose import Placement, compose
 from lmscale.launcher.elastic import shrink
-from lmscale.launcher.remote import HostError
+from lmscale.launcher.shell import HostError, PortError
 from lmscale.launcher.start import resolved_config_path, start
 from lmscale.launcher.status import STARTED_AT
 from lmscale.launcher.supervise import Outcome
@@ -30,6 +30,7 @@ from lmscale.monitor.manifest import add_restart
 _RESTARTED = frozenset({EXIT_FAILURE, EXIT_HANG})
 _FIRST_DELAY_S, _MAX_DELAY_S = 1.0, 60.0
 _POLL_S = 0.1
+_PORT_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def check_policy(max_restarts: int, elastic: bool, min_devices: int | None, plac
         raise ConfigError("must not be negative", field="--max-restarts", value=max_restarts)
     if elastic and not max_restarts:
         raise ConfigError("is for restarts", field="--elastic", remedy="add --max-restarts")
+    if max_restarts and placement.nodes is not None and not placement.nodes.is_elastic:
+        remedy = "drop it, and let what starts the hosts start all of them again; or give a range, --nnodes MIN:MAX"
+        raise ConfigError("is not for a fixed --nnodes", field="--max-restarts", value=max_restarts, remedy=remedy)
     if elastic and placement.nodes is not None:
         remedy = "drop --elastic; --nnodes MIN:MAX lets hosts come and go"
         raise ConfigError("is for ranks that lmscale train starts again", field="--elastic", remedy=remedy)
@@ -147,6 +151,10 @@ def keep_running(
 
 def _launch(plan: LaunchPlan, placement: Placement, began_at: float) -> Outcome:
     environ = {**os.environ, STARTED_AT: str(began_at)}
+    # A port that is free here may be taken on the host where the ranks meet; one that the user named is not changed.
+    for _ in range(_PORT_TRIES - 1 if placement.master_port is None else 0):
+        with contextlib.suppress(PortError):
+            return start(plan, compose(plan, placement, resolved_config_path(plan), environ))
     return start(plan, compose(plan, placement, resolved_config_path(plan), environ))
 
 

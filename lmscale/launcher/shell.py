@@ -11,12 +11,22 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lmscale.launcher.remote import HostError
+from lmscale.errors import ConfigError
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
 """Asks nothing, and gives up soon."""
+SSH_FAILED, NO_SUCH_PROGRAM = 255, 127
+"""Statuses: of ssh where it does not come through, of a shell where it does not find what it should run."""
 _CONFIG_S = 5.0
 _PORT_S = 15.0
+
+
+class HostError(ConfigError):
+    """A host of the hostfile cannot take its ranks."""
+
+
+class PortError(HostError):
+    """The port at which the ranks were to meet is taken on that host."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +65,34 @@ def check_port(host: str, port: int) -> None:
     """Check that ranks can meet at a port of a host that is known to answer.
 
     Raises:
-        HostError: if somebody listens there already.
+        PortError: if somebody listens there already.
     """
     # As the ranks' store binds it; torch does not tell whose port it was before it gives up.
     program = f"import socket as s; l = s.socket(); l.setsockopt(s.SOL_SOCKET, s.SO_REUSEADDR, 1); l.bind(('', {port}))"
     line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
     try:
-        done = subprocess.run([*SSH, host, line], capture_output=True, text=True, timeout=_PORT_S, check=False)
+        argv, nothing = [*SSH, host, line], subprocess.DEVNULL  # ssh would take what a caller's script has yet to read
+        done = subprocess.run(argv, stdin=nothing, capture_output=True, text=True, timeout=_PORT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return
     if "Address already in use" in done.stderr or "Permission denied" in done.stderr:
         reason = done.stderr.strip().rpartition("] ")[2].lower()
-        remedy = "use another one, or end what listens there"
-        raise HostError(f"cannot be used on {host}: {reason}", field="--master-port", value=port, remedy=remedy)
+        remedy = "name another one, or end what listens there"
+        raise PortError(f"cannot be used on {host}: {reason}", field="--master-port", value=port, remedy=remedy)
+
+
+def ssh_remedy(host: str, said: str) -> str:
+    """Say what to do where ssh does not come through to a host.
+
+    Args:
+        host: its name.
+        said: ssh's last line.
+    """
+    if "Permission denied" in said:
+        return f"it must work without a password: ssh-copy-id {host}"
+    if "Host key verification failed" in said:
+        return f"call ssh {host} once by hand, and accept its key"
+    return "correct the name, or start the host and its sshd"
 
 
 def rendezvous_address(first: str, is_alone: bool) -> str:

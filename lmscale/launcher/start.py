@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from lmscale.config.io import show
-from lmscale.errors import ConfigError
+from lmscale.errors import EXIT_INTERRUPTED_AND_SAVED, ConfigError
 from lmscale.launcher.compose import Command
 from lmscale.launcher.relay import Relay
 from lmscale.launcher.remote import prepare
@@ -43,9 +45,13 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
     environ = {name: value for name, value in os.environ.items() if name not in command.unset} | dict(command.env)
     with _status_dir(output_dir, command) as status_dir, _relay(plan, command, status_dir) as relay:
         if relay is not None:
-            here = prepare(command.hosts, resolved_config_path(plan)).here
-            if command.meets_at is not None:
-                check_port(*command.meets_at)
+            try:
+                with _ending_by_signals():
+                    here = prepare(command.hosts, resolved_config_path(plan))
+                    if command.meets_at is not None:
+                        check_port(*command.meets_at)
+            except _Ended:
+                return Outcome(EXIT_INTERRUPTED_AND_SAVED, "stopped before the ranks were started", is_final=True)
             # The launchers that take values from their own environment find it there, and DeepSpeed's in the file.
             environ[STATUS_ADDRESS] = f"{here}:{relay.port}"
             if command.reads_env_file:
@@ -57,10 +63,11 @@ def start(plan: LaunchPlan, command: Command) -> Outcome:
             plan.num_ranks,
             is_local=command.is_local,
             stop_file=output_dir / STOP_FILE,
-            launcher_passes_signals=command.passes_signals,
+            launcher_passes_usr1=command.passes_usr1,
             logs=output_dir / "logs",
             relay=relay,
-            hosts=command.hosts,
+            rank_hosts=command.rank_hosts,
+            start_s=plan.config.train.first_step_timeout_s,
         )
 
 
@@ -92,6 +99,25 @@ def _write_config(plan: LaunchPlan) -> None:
         raise ConfigError(rule, field="output_dir", value=plan.config.output_dir) from None
 
 
+class _Ended(Exception):
+    """The end was asked for while nothing was there yet to pass that on to."""
+
+
+@contextlib.contextmanager
+def _ending_by_signals() -> Iterator[None]:
+    """Raise _Ended at a signal that asks for the end, so that what was made for the ranks is removed."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        raise _Ended
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def _status_dir(output_dir: Path, command: Command) -> Iterator[Path]:
     """Make the directory of the ranks' reports: in the run's directory where other hosts have to reach it themselves."""
@@ -117,5 +143,5 @@ def _write_travelling(command: Command, status_dir: Path, address: str) -> Path:
     variables = {**command.travels, STATUS_ADDRESS: address}
     path = status_dir / "deepspeed_env"
     path.touch(mode=0o600)
-    path.write_text("".join(f"{name}={value}\n" for name, value in variables.items() if "\n" not in value))
+    path.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
     return path

@@ -44,6 +44,8 @@ _GRACE_S = 15.0
 _DEAD_GRACE_S = 4.0
 """The same where the first rank is gone without a word: there is nothing that the others could still do together."""
 _LAUNCHER_GRACE_S = 10.0
+_START_GRACE_S = 60.0
+"""From the wish that a launch end to its end, where its ranks are not all up by then."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,18 @@ def supervise(
     *,
     is_local: bool = True,
     stop_file: Path | None = None,
-    launcher_passes_signals: bool = False,
+    launcher_passes_usr1: bool = False,
     logs: Path | None = None,
     grace_s: float = _GRACE_S,
     relay: Relay | None = None,
-    hosts: Sequence[str] = (),
+    rank_hosts: Sequence[str] = (),
+    start_s: float = 0.0,
 ) -> Outcome:
     """Run a launcher until all of its ranks are gone.
 
     TERM, INT, USR1 and HUP (as TERM: a closed terminal) go to the ranks of this host, and through the relay to those of all
     hosts. A second INT kills everything. Without a relay, where all ranks run on other hosts, TERM and INT make the stop
-    file instead.
+    file instead; no launcher gets them, since srun would kill the ranks at TERM and do nothing at INT.
 
     Args:
         argv: the launcher's command line.
@@ -88,11 +91,12 @@ def supervise(
         num_ranks: ranks that will report, on all hosts.
         is_local: whether all ranks are processes of this host.
         stop_file: the file that makes a run save and stop.
-        launcher_passes_signals: the launcher hands signals to the ranks by itself, as srun does.
+        launcher_passes_usr1: the launcher hands USR1 to the ranks by itself, as srun does.
         logs: the run's directory of logs, for the stacks of ranks that hang.
         grace_s: seconds that the other ranks get when one has failed.
         relay: listens to ranks of other hosts.
-        hosts: on which no process may be left, by name.
+        rank_hosts: the host of each rank, of a hostfile; on none of them a process may be left.
+        start_s: seconds from the first rank of such hosts that is there until all must be; 0 lets them take any time.
 
     Returns:
         The ranks' status, as `outcome_of` derives it, or that of a hang.
@@ -105,11 +109,12 @@ def supervise(
         num_ranks,
         hears_all,
         stop_file,
-        launcher_passes_signals,
+        launcher_passes_usr1,
         logs,
         grace_s,
         relay,
-        hosts,
+        rank_hosts,
+        start_s,
     )
     return supervisor.run(list(argv))
 
@@ -177,15 +182,16 @@ class _Supervisor:
         num_ranks: int,
         is_local: bool,
         stop_file: Path | None,
-        launcher_passes_signals: bool,
+        launcher_passes_usr1: bool,
         logs: Path | None,
         grace_s: float,
         relay: Relay | None,
-        hosts: Sequence[str],
+        rank_hosts: Sequence[str],
+        start_s: float,
     ):
         self._environ, self._run_id = environ, environ[RUN_ID]
         self._status_dir, self._num_ranks, self._is_local = status_dir, num_ranks, is_local
-        self._stop_file, self._launcher_passes_signals, self._grace_s = stop_file, launcher_passes_signals, grace_s
+        self._stop_file, self._launcher_passes_usr1, self._grace_s = stop_file, launcher_passes_usr1, grace_s
         self._pending: list[int] = []
         self._interrupts = 0
         self._failed_at: float | None = None
@@ -193,7 +199,10 @@ class _Supervisor:
         self._watched_at = 0.0
         self._hangs = HangWatch(status_dir, logs)
         self._is_asked_to_end = False
-        self._relay, self._hosts = relay, hosts
+        self._relay, self._rank_hosts, self._start_s = relay, rank_hosts, start_s
+        self._hosts = tuple(dict.fromkeys(rank_hosts))
+        self._first_came_at: float | None = None
+        self._asked_to_end_at: float | None = None
         self._is_given_up = False
 
     def run(self, argv: list[str]) -> Outcome:
@@ -204,6 +213,9 @@ class _Supervisor:
                     if self._interrupts > 1:
                         return Outcome(EXIT_FAILURE, "interrupted twice: killed, without a save", is_final=True)
                     self._deliver(launcher)
+                    late = self._stopped_while_starting() or self._late()
+                    if late is not None:
+                        return late
                     hang = self._watch()
                     if hang is not None:
                         return self._marked(Outcome(EXIT_HANG, str(hang.error), hang.silent))
@@ -263,16 +275,44 @@ class _Supervisor:
         for number in self._pending:
             if self._relay is not None:
                 self._relay.signal(number)
-            elif self._launcher_passes_signals:
-                launcher.send_signal(number)
             elif is_up and here:
                 # The ranks agree on what to do, so that it is enough to tell some of them.
-                send(set(here) & set(ranks_of(self._run_id)), number)
-            elif number != signal.SIGUSR1 and self._stop_file is not None:
+                send(set(here) & set(marked(self._run_id)), number)
+            elif number == signal.SIGUSR1:
+                if is_up and self._launcher_passes_usr1:
+                    launcher.send_signal(number)
+            elif self._stop_file is not None:
                 with contextlib.suppress(OSError):
                     # Rank 0 removes a file of an earlier start when it is up; by the id it knows that this one is newer.
                     self._stop_file.write_text(self._run_id)
         self._pending.clear()
+
+    def _stopped_while_starting(self) -> Outcome | None:
+        """End a launch that shall end and does not come up: there is nothing yet to save."""
+        if not self._is_asked_to_end or not self._pending:
+            return None
+        self._asked_to_end_at = self._asked_to_end_at or time.monotonic()
+        if time.monotonic() - self._asked_to_end_at < _START_GRACE_S:
+            return None
+        return Outcome(EXIT_INTERRUPTED_AND_SAVED, "stopped before every rank was up", is_final=True)
+
+    def _late(self) -> Outcome | None:
+        """Tell of ranks that have not come long after the first: a host may be reached, and start nothing."""
+        if self._relay is None or not self._start_s:
+            return None
+        came = self._relay.came
+        if self._first_came_at is None:
+            self._first_came_at = time.monotonic() if came else None
+        if self._first_came_at is None or time.monotonic() - self._first_came_at < self._start_s:
+            return None
+        late = tuple(number for number in range(self._num_ranks) if number not in came)
+        if not late:
+            return None
+        hosts = ", ".join(dict.fromkeys(self._rank_hosts[number] for number in late if number < len(self._rank_hosts)))
+        ranks = ", ".join(map(str, late[:8])) + (", ..." if len(late) > 8 else "")
+        where = f"rank {ranks} of {self._num_ranks} on {hosts}"
+        error = f"hang: {where} has not started, {self._start_s:g} s after the first was there"
+        return self._marked(Outcome(EXIT_HANG, error, late))
 
     def _watch(self) -> Hang | None:
         """Look for ranks that have failed, whose survivors are ended after a while, and for a hang."""

@@ -69,3 +69,13 @@ def test_a_copy_that_is_missing_is_named_on_every_rank(tmp_path: Path) -> None:
 def test_a_shared_file_system_is_trusted(tmp_path: Path) -> None:
     make_hosts(tmp_path, (7, 8))
     assert run_ranks(2, check_on_its_host, tmp_path, True) == ["", ""]
+
+
+def test_a_disk_that_fails_on_one_host_does_not_leave_the_others_waiting(tmp_path: Path, monkeypatch) -> None:
+    from lmscale.feed import same_data
+
+    def fail(config):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(same_data, "corpus_hashes", fail)
+    assert same_data._hashes(parse_run(run_keys("tokens", tmp_path / "run"))) == "[Errno 5] Input/output error"

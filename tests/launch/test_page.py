@@ -33,7 +33,10 @@ def home(tmp_path: Path) -> Path:
     (tmp_path / "hostfile").write_text("node-1 slots=4\nnode-2 slots=4\n")
     programs = tmp_path / "bin"
     programs.mkdir()
-    texts = {"lmscale": f'exec {sys.executable} -m lmscale "$@"', "sbatch": 'shift 2; exec bash "$@"'}
+    texts = {
+        "lmscale": f'exec {sys.executable} -m lmscale "$@"',
+        "sbatch": 'shift 2; exec env SLURM_JOB_NUM_NODES=2 SLURM_NTASKS=16 bash "$@"',
+    }
     names = ("pdsh", "ssh", "ompi_info", "mpirun", "mpiexec.hydra", "srun")
     for name, text in {**texts, **dict.fromkeys(names, "exit 255")}.items():
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -97,3 +100,6 @@ def test_what_the_page_says_travels_does():
     secrets = re.findall(r"`\*([A-Z_]+)\*`", second)
     assert len(secrets) >= 6
     assert all(is_secret(f"MY_{name}_1") for name in secrets)
+    endings = re.findall(r"`\*(_[A-Z]+)`", second)
+    assert len(endings) >= 4
+    assert all(is_secret(f"MY{name}") for name in endings)

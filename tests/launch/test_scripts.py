@@ -69,6 +69,13 @@ def test_a_script_says_how_it_is_called_and_what_travels(path):
     assert re.search(r"travel|hands on the environment", header)
 
 
+@pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.name)
+def test_a_script_without_arguments_says_how_it_is_called_and_ends_with_2(path):
+    done = subprocess.run(["bash", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert re.fullmatch(rf"error: usage: .*{path.name} .*RUN.yaml .*\n", done.stderr)
+
+
 SCRIPT_ARGUMENTS = {
     "single_node.sh": ([], "--num_accelerators 2", {"NUM_RANKS": "2"}),
     "multi_node.sh": (["HOSTFILE"], "--launcher pdsh", {}),

@@ -5,11 +5,12 @@ What a host's line prints can be altered by a filter, a Python expression over `
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ with open({log!r}, "a") as log:
     log.write(host + "\\n")
 if host in failures:
     sys.exit(failures[host][1] if sys.stderr.write(failures[host][0] + "\\n") else 0)
-environ = {{**os.environ, "SSH_CONNECTION": "127.0.0.1 40000 127.0.0.1 22"}}
+environ = {{**os.environ, "SSH_CONNECTION": "127.0.0.1 40000 127.0.0.1 22", "FAKE_SSH_HOST": host}}
 if host not in filters:
     os.execve("/bin/sh", ["sh", "-c", line], environ)
 child = subprocess.Popen(["/bin/sh", "-c", line], stdout=subprocess.PIPE, text=True, env=environ)
@@ -40,6 +41,23 @@ sys.exit(child.wait())
 """
 NO_NAME = ("ssh: Could not resolve hostname gone: Name or service not known", 255)
 NO_KEY = ("root@locked: Permission denied (publickey,password).", 255)
+
+
+@contextlib.contextmanager
+def standard_input(text: bytes) -> Iterator[None]:
+    """Give this process's children something to read, as a script that is piped to a shell does; see that it is left."""
+    source, end = os.pipe()
+    os.write(end, text)
+    os.close(end)
+    former = os.dup(0)
+    os.dup2(source, 0)
+    try:
+        yield
+        assert os.read(0, len(text)) == text
+    finally:
+        os.dup2(former, 0)
+        os.close(former)
+        os.close(source)
 
 
 def put_ssh_on_path(

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from lmscale.errors import ConfigError
+from lmscale.launcher.environment import adopt_rank
 from lmscale.launcher.status import end_hung, rank, register, run_rank, tell
 from lmscale.log import log_file
 from lmscale.train import watchdog
@@ -98,6 +99,8 @@ def body() -> int:
         register()
         say("up")
         time.sleep(60)
+    if BEHAVIOUR == "one-missing" and rank() == 1:
+        time.sleep(1000)
     if BEHAVIOUR == "late":
         time.sleep(1.0)  # as imports take
     listen()
@@ -113,4 +116,7 @@ def body() -> int:
     return work()
 
 
+adopt_rank()
+if BEHAVIOUR == "unborn" and rank() == 1:
+    time.sleep(1000)
 sys.exit(run_rank(body))

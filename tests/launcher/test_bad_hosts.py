@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lmscale.cli.main import main
+from lmscale.launcher.environment import free_port
 from lmscale.launcher.processes import marked
 from tests.launcher.fake_ssh import NO_KEY, NO_NAME, put_ssh_on_path
 from tests.launcher.runs import write_run
@@ -87,6 +91,28 @@ def test_a_port_in_use_on_the_first_host(directory, capsys, launcher, used_port)
     assert f"--master-port = {used_port}: cannot be used on a: address already in use" in line
 
 
+@pytest.mark.parametrize("launcher", OVER_HOSTS)
+def test_a_port_that_nobody_named_is_exchanged_where_it_is_in_use_on_the_first_host(
+    directory, launcher, used_port, monkeypatch
+):
+    (directory / "hosts").write_text("a slots=1\nb slots=1\n")
+    ports = iter([used_port, used_port, free_port()])
+    monkeypatch.setattr("lmscale.launcher.compose.free_port", lambda: next(ports))
+    main(
+        [
+            "train",
+            str(directory / "run.yaml"),
+            "--hostfile",
+            str(directory / "hosts"),
+            "--launcher",
+            launcher,
+            "train.seed=1",
+        ]
+    )
+    assert (directory / STARTED).exists()
+    assert not list(ports)
+
+
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_port_in_use_here(directory, capsys, launcher, used_port):
     line = refuse(directory, capsys, None, "--launcher", launcher, "--master-port", str(used_port))
@@ -107,3 +133,20 @@ def test_nothing_is_left_of_a_start_that_was_refused(directory, capsys, hosts, u
     assert not marked("refused-start")
     left = {path.name for path in (directory / "run").iterdir()}
     assert left == {"config.resolved.yaml"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_nothing_is_left_of_a_start_that_is_stopped_while_the_hosts_are_asked(directory, capsys, number, monkeypatch):
+    def ask(hosts, config_file):
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    (directory / "tmp").mkdir()
+    (directory / "hosts").write_text("a slots=1\nb slots=1\n")
+    monkeypatch.setattr("tempfile.tempdir", str(directory / "tmp"))
+    monkeypatch.setattr("lmscale.launcher.start.prepare", ask)
+    options = ["--launcher", "pdsh", "--max-restarts", "3"]
+    assert main(["train", str(directory / "run.yaml"), "--hostfile", str(directory / "hosts"), *options]) == 75
+    assert capsys.readouterr().err == "error: stopped before the ranks were started\n"
+    assert not (directory / STARTED).exists()
+    assert not list((directory / "tmp").iterdir())

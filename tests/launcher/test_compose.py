@@ -121,7 +121,7 @@ def test_slurm_takes_the_jobs_tasks(tmp_path):
     assert command.argv[-5:-1] == ("-u", "-m", "lmscale.pretrain", "--config")
     assert sys.executable in command.argv
     assert (command.env["MASTER_ADDR"], command.env["MASTER_PORT"]) == ("node-1", "20017")
-    assert command.passes_signals
+    assert command.passes_usr1
 
 
 @pytest.mark.parametrize(

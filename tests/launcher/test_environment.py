@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmscale.launcher.environment import adopt_rank, free_port, threads_for, travelling, visible_devices
+from lmscale.launcher.environment import adopt_rank, free_port, is_secret, threads_for, travelling, visible_devices
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,21 @@ def test_secrets_do_not_travel():
         "HOME": "/",
     }
     assert travelling(environ) == {"NCCL_DEBUG": "INFO", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PGPASSFILE", "OPENAI_KEY", "SIGNING_KEY", "GH_PAT", "MYSQL_PASS", "REGISTRY_AUTH", "WANDB_API_KEY", "ssh_keys"],
+)
+def test_names_of_secrets_are_told(name):
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["NCCL_PAT_ENABLE", "NCCL_P2P_BYPASS", "TOKENIZERS_PARALLELISM", "PATH", "KEYBOARD", "AUTHOR"]
+)
+def test_names_that_resemble_those_of_secrets_are_none(name):
+    assert not is_secret(name)
 
 
 @pytest.mark.parametrize(

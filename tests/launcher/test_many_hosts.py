@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import socket
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lmscale.cli.main import main
 from lmscale.errors import ConfigError
 from lmscale.launcher.compose import compose, place
 from lmscale.launcher.restarts import check_sizes
-from lmscale.launcher.shell import is_loopback, rendezvous_address
+from lmscale.launcher.shell import check_port, is_loopback, rendezvous_address
 from lmscale.launcher.start import resolved_config_path
 from lmscale.launcher.validate import validate_run
-from tests.launcher.fake_ssh import put_ssh_on_path
+from tests.launcher.fake_ssh import put_ssh_on_path, standard_input
 from tests.launcher.runs import make_run, write_run
 
 CPU = {"DS_ACCELERATOR": "cpu"}
@@ -62,6 +65,7 @@ def test_every_host_gets_what_its_ranks_need_and_no_secret(tmp_path, launcher):
     assert needed.items() <= command.travels.items()
     assert command.travels["LMSCALE_RUN_ID"] == command.env["LMSCALE_RUN_ID"]
     assert command.hosts == ("a", "b")
+    assert command.rank_hosts == ("a", "a", "b")
     assert command.travels["PYTHONPATH"].startswith(str(Path.cwd()))
     assert "EDITOR" not in command.travels
     assert not SECRETS & {*command.travels, *command.env}
@@ -104,6 +108,48 @@ def test_deepspeed_starts_on_each_host_what_is_shown(tmp_path, devices):
     assert tuple(runner.EXPORT_ENVS) == ("MLFLOW", "PYTHON", "MV2", "UCX")
 
 
+@pytest.mark.parametrize("value", ["a\nb", "$HOME", "`id`", 'say "x"', "back\\slash", "core.%h.%n", " blank"])
+def test_a_value_that_pdsh_would_change_is_refused_and_torchrun_takes_it(tmp_path, value):
+    environ = {**ENVIRON, "NCCL_DEBUG_FILE": value}
+    with pytest.raises(ConfigError, match=r"NCCL_DEBUG_FILE = .*: cannot travel by pdsh: a shell would change it; "):
+        command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
+    command = command_for(tmp_path, place("torchrun", None, hostfile(tmp_path), CPU), environ)
+    assert command.travels["NCCL_DEBUG_FILE"] == value
+
+
+def test_pdsh_gives_up_a_host_that_falls_silent(tmp_path):
+    command = command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU))
+    alive = "-o ServerAliveInterval=5 -o ServerAliveCountMax=4"
+    assert command.env["PDSH_SSH_ARGS_APPEND"] == alive
+    environ = {**ENVIRON, "PDSH_SSH_ARGS_APPEND": "-p 2222"}
+    command = command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
+    assert command.env["PDSH_SSH_ARGS_APPEND"] == f"-p 2222 {alive}"
+
+
+def test_values_between_double_quotes_travel_by_pdsh(tmp_path):
+    environ = {**ENVIRON, "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1", "PYTHONWARNINGS": "ignore::UserWarning;(x) & 100%"}
+    command = command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), environ)
+    assert command.travels["PYTHONWARNINGS"] == "ignore::UserWarning;(x) & 100%"
+
+
+@pytest.mark.parametrize("name", ["a b", "a;b"])
+def test_a_working_directory_that_pdsh_would_change_is_refused(tmp_path, name, monkeypatch):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"the working directory = '.*{name}': cannot be passed on by pdsh"):
+        command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_right"), [("a run", True), ("a'run", False), ("a $run", False), ("run-%h", False)]
+)
+def test_an_output_dir_that_pdsh_would_change_is_refused(tmp_path, name, is_right):
+    overrides = ("batch.global_batch_size=24", f"output_dir='{tmp_path}/{name}'".replace("a'run", "a''run"))
+    refused = pytest.raises(ConfigError, match=r"output_dir = .*: cannot be passed on by pdsh")
+    with nullcontext() if is_right else refused:
+        command_for(tmp_path, place("pdsh", None, hostfile(tmp_path), CPU), overrides=overrides)
+
+
 def test_openmpi_takes_values_from_its_environment(tmp_path):
     command = command_for(tmp_path, place("openmpi", None, hostfile(tmp_path), CPU))
     assert command.argv[:5] == ("mpirun.openmpi", "-np", "3", "--host", "a:2,b:1")
@@ -116,7 +162,8 @@ def test_openmpi_takes_values_from_its_environment(tmp_path):
 
 
 def test_mpich_passes_on_a_list_and_nothing_else(tmp_path):
-    command = command_for(tmp_path, place("mpich", 2, hostfile(tmp_path), CPU), overrides=())
+    hosts = hostfile(tmp_path, "a slots=2\nb slots=4\n")
+    command = command_for(tmp_path, place("mpich", 2, hosts, CPU), overrides=())
     assert command.argv[0] == "mpiexec.hydra"
     assert after(command.argv, "-hosts") == "a:2,b:2"
     assert set(after(command.argv, "-genvlist").split(",")) == {*command.travels, "LMSCALE_STATUS_ADDRESS"}
@@ -143,6 +190,35 @@ def test_torchrun_on_each_host_by_itself(tmp_path):
     assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=2", "--master-addr=a"} <= set(command.argv)
     assert [each.num_ranks for each in command.on_hosts] == [2]
     assert "LMSCALE_STATUS_DIR" in command.unset
+
+
+@pytest.mark.parametrize("where", [{"nnodes": "2", "node_rank": 1}, {"nnodes": "1:2"}])
+def test_torchrun_lets_ranks_save_for_longer_than_its_30_s_and_less_than_a_pod_has(tmp_path, where):
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    placement = place("torchrun", 2, None, CPU, master_addr="a", **where)
+    manifest = yaml.safe_load((Path(__file__).parents[2] / "launch" / "kubernetes.yaml").read_text())
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert 30 < int(command_for(tmp_path, placement, overrides=()).env[name]) < pod["terminationGracePeriodSeconds"]
+    assert name not in command_for(tmp_path, placement, {**ENVIRON, name: "500"}, overrides=()).env
+
+
+def test_an_elastic_torchrun_takes_in_hosts_of_the_same_run_only(tmp_path):
+    placement = place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="a")
+
+    def rendezvous(output_dir: str) -> str:
+        command = command_for(tmp_path, placement, overrides=(f"output_dir={tmp_path}/{output_dir}",))
+        return next(word for word in command.argv if word.startswith("--rdzv-id="))
+
+    assert rendezvous("one") == rendezvous("one")
+    assert rendezvous("one") != rendezvous("two")
+
+
+def test_the_port_of_an_elastic_torchrun_is_checked_on_the_host_that_keeps_the_rendezvous(tmp_path):
+    with socket.create_server(("", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--master-port = {port}: is in use on this host"):
+            place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="127.0.0.1", master_port=port)
+        place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="192.0.2.1", master_port=port)
 
 
 def test_an_elastic_torchrun_meets_by_c10d(tmp_path):
@@ -173,9 +249,32 @@ def test_slurm_names_the_hosts_of_the_allocation(tmp_path, monkeypatch):
     assert "hush" not in f"{command.show()}{command.show_hosts()}"
 
 
-def test_without_an_allocation_slurm_decides_later(tmp_path):
-    command = command_for(tmp_path, place("slurm", 2, None, CPU), overrides=())
-    assert [each.num_ranks for each in command.on_hosts] == [None]
+def test_devices_are_ranks_of_each_host_under_slurm_too(tmp_path):
+    environ = {**ENVIRON, "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16"}
+    command = command_for(tmp_path, place("slurm", 2, None, environ), environ, overrides=())
+    assert command.argv[:3] == ("srun", "--ntasks=4", "--ntasks-per-node=2")
+    assert [each.num_ranks for each in command.on_hosts] == [2]
+
+
+@pytest.mark.parametrize(
+    ("devices", "job", "part"),
+    [
+        (None, {}, "--launcher = 'slurm': starts ranks in a job of Slurm's; start it by sbatch"),
+        (2, {}, "--launcher = 'slurm': starts ranks in a job of Slurm's; start it by sbatch"),
+        (None, {"SLURM_JOB_NUM_NODES": "2"}, "--devices = None: is required in a job without a number of tasks"),
+        (None, {"SLURM_NTASKS": "x"}, "SLURM_NTASKS = 'x': must be a number above 0"),
+        (2, {"SLURM_NNODES": "0"}, "SLURM_NNODES = '0': must be a number above 0"),
+    ],
+)
+def test_without_a_job_slurm_starts_nothing(devices, job, part):
+    with pytest.raises(ConfigError) as caught:
+        place("slurm", devices, None, {**CPU, **job})
+    assert part in str(caught.value)
+
+
+def test_a_host_is_not_given_more_ranks_than_it_has_slots(tmp_path):
+    with pytest.raises(ConfigError, match=r"--devices = 2: b has 1 slot in the hostfile; use fewer"):
+        place("pdsh", 2, hostfile(tmp_path), CPU)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +296,12 @@ def test_a_loopback_name_becomes_this_hosts_own(monkeypatch):
     assert [is_loopback(name) for name in ("::1", "localhost", "127.1.2.3", "node", "10.0.0.1")] == [True] * 3 + [
         False
     ] * 2
+
+
+def test_the_check_of_a_port_leaves_standard_input(tmp_path):
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexec cat\n")
+    with standard_input(b"the next command\n"):
+        check_port("a", 29500)
 
 
 @pytest.mark.parametrize("launcher", OVER_HOSTS)

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from lmscale.cli.main import main
+from lmscale.launcher import reach
+from lmscale.launcher.environment import free_port
 from lmscale.launcher.host_facts import code_hash, gather, gloo_interface, interfaces, nccl_interface
 from lmscale.launcher.hosts import Host
 from lmscale.launcher.preflight import examine_hosts
 from lmscale.launcher.shell import python_line
-from tests.launcher.fake_ssh import NO_KEY, NO_NAME, put_ssh_on_path
+from tests.launcher.fake_ssh import NO_KEY, NO_NAME, put_ssh_on_path, standard_input
 from tests.launcher.runs import write_corpus
 
 FAILURES = {
@@ -113,6 +115,26 @@ def test_hosts_that_are_right_sum_over_all_of_them(directory, capsys, monkeypatc
     )
 
 
+def test_what_a_hosts_shell_says_to_everyone_is_passed_over(directory, capsys, monkeypatch):
+    def line(module: str, *arguments: str) -> str:
+        return f"echo Welcome; {python_line(module, *arguments)}"
+
+    monkeypatch.setattr("lmscale.launcher.preflight.python_line", line)
+    _, out = diagnose(directory, capsys, "good", "edited")
+    assert not re.search("^good: ", out, re.MULTILINE), out
+
+
+def test_the_rest_of_a_script_on_standard_input_is_left(directory, monkeypatch):
+    def line(module: str, *arguments: str) -> str:
+        if module.endswith("host_facts"):
+            return python_line(module, *arguments)
+        return """cat >&2; echo '{"backend": "gloo", "bus_bytes_per_second": 1.0e9}'"""
+
+    monkeypatch.setattr("lmscale.launcher.preflight.python_line", line)
+    with standard_input(b"the next command\n"):
+        assert examine_hosts([Host("good", 1)]).is_ready
+
+
 def test_an_all_reduce_that_fails_names_the_host(directory, monkeypatch):
     def line(module: str, *arguments: str) -> str:
         if module.endswith("host_facts"):
@@ -124,6 +146,26 @@ def test_an_all_reduce_that_fails_names_the_host(directory, monkeypatch):
     assert found.all_reduce.state == "missing"
     assert found.all_reduce.value == "cut: No route to host"
     assert not found.is_ready
+
+
+def test_a_host_that_is_cut_off_is_named_and_not_those_that_wait_for_it(directory, monkeypatch):
+    def line(module: str, *arguments: str) -> str:
+        if module.endswith("all_reduce"):
+            return "echo Timed out waiting for clients >&2; exit 1"
+        cut = 'test "$FAKE_SSH_HOST" = cut && { echo No route to host >&2; exit 1; }; '
+        return (cut if arguments[0] == "connect" else "") + python_line(module, *arguments)
+
+    monkeypatch.setattr("lmscale.launcher.preflight.python_line", line)
+    monkeypatch.setattr("lmscale.launcher.preflight.rendezvous_address", lambda *_, **__: "127.0.0.1")
+    found = examine_hosts([Host("good", 1), Host("well", 1), Host("cut", 1)]).all_reduce
+    assert found.value == "cut: does not reach good (127.0.0.1): No route to host"
+    found = examine_hosts([Host("good", 1), Host("well", 1)]).all_reduce
+    assert found.value == "good, well: Timed out waiting for clients"
+
+
+def test_a_port_that_nobody_listens_at_is_not_reached(capsys):
+    assert reach.main(["connect", "127.0.0.1", str(free_port())]) == 1
+    assert capsys.readouterr().err == "Connection refused\n"
 
 
 @pytest.mark.parametrize(

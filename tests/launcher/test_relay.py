@@ -40,6 +40,11 @@ def connect(relay: Relay, rank: int, run_id: str | None = None, lost=lambda reas
     return Link(f"127.0.0.1:{relay.port}", relay._run_id if run_id is None else run_id, rank, lost)
 
 
+def leave(link: Link) -> None:
+    link.close()
+    link._socket.shutdown(2)
+
+
 def test_what_a_rank_sends_lies_in_the_directory_as_if_it_had_written_it(tmp_path, relay):
     link = connect(relay, 1)
     assert link.send("pid", "17\nhost-2")
@@ -53,10 +58,48 @@ def test_a_rank_that_goes_without_a_report_is_lost_and_one_with_a_report_is_not(
     wait_until(lambda: relay.num_connected == 2)
     first.send("status", "0\n")
     for link in (first, second):
-        link.close()
-        link._socket.shutdown(2)
+        leave(link)
     wait_until(lambda: relay.num_connected == 0)
     assert relay.lost() == {1: Gone(os.uname().nodename, is_silent=False)}
+
+
+def test_a_rank_that_ends_well_while_reports_are_read_is_not_lost(tmp_path, relay, monkeypatch):
+    ending, lost = connect(relay, 0), connect(relay, 1)
+    wait_until(lambda: relay.num_connected == 2)
+    leave(lost)
+    wait_until(lambda: relay.num_connected == 1)
+
+    def read_and_let_a_rank_end(directory: Path) -> dict[int, Report]:
+        reports = read_reports(directory)
+        if relay.num_connected:
+            ending.send("status", "0\n")
+            leave(ending)
+            wait_until(lambda: relay.num_connected == 0)
+        return reports
+
+    monkeypatch.setattr("lmscale.launcher.relay.read_reports", read_and_let_a_rank_end)
+    assert list(relay.lost()) == [1]
+    assert list(relay.lost()) == [1]
+
+
+def test_a_rank_that_is_dead_is_lost_though_a_process_that_it_forked_lives(relay):
+    program = (
+        "import os, sys, time\n"
+        "from lmscale.launcher.link import Link\n"
+        "Link(sys.argv[1], sys.argv[2], 0, print)\n"
+        "time.sleep(0.5)\n"  # for the thread that reads to wait in it
+        "forked = os.fork()\n"
+        "if forked: print(forked, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    argv = [sys.executable, "-c", program, f"127.0.0.1:{relay.port}", relay._run_id]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as rank:
+        forked = int(rank.stdout.readline())
+        try:
+            rank.kill()
+            wait_until(lambda: list(relay.lost()) == [0])
+        finally:
+            os.kill(forked, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("rank", "run_id"), [(0, "another"), (2, None), (-1, None)])
@@ -99,14 +142,14 @@ class FarLaunch:
         self.argv = [sys.executable, str(HERE / "fake_launcher.py"), "2", str(HERE / "stand_in.py")]
         self.argv += [behaviour, str(self.logs)]
 
-    def run(self, when=lambda: None) -> Outcome:
+    def run(self, when=lambda: None, **options) -> Outcome:
         with Relay(self.status_dir, self.run_id, 2) as relay:
             address = f"{STATUS_ADDRESS}=127.0.0.1:{relay.port}"
             argv = ["env", "-u", STATUS_DIR, address, f"{STATUS_BY_FILE}=1", *self.argv]
             thread = threading.Thread(target=when)
             thread.start()
             environ = {**os.environ, RUN_ID: self.run_id}
-            outcome = supervise(argv, environ, self.status_dir, 2, is_local=False, relay=relay)
+            outcome = supervise(argv, environ, self.status_dir, 2, is_local=False, relay=relay, **options)
             thread.join()
         return outcome
 
@@ -132,6 +175,13 @@ def test_errors_and_the_rank_that_died_are_told_as_on_one_host(tmp_path):
     outcome = FarLaunch(tmp_path / "second", "killed-and-lost").run()
     host = os.uname().nodename
     assert outcome == Outcome(1, f"died without a word, killed or crashed: rank 1 of 2, on {host}", lost=(1,))
+
+
+def test_a_host_whose_ranks_do_not_come_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("lmscale.launcher.supervise.sweep", lambda hosts, run_id: None)  # they are no hosts
+    outcome = FarLaunch(tmp_path, "unborn").run(rank_hosts=["node-1", "node-2"], start_s=1.0)
+    line = "hang: rank 1 of 2 on node-2 has not started, 1 s after the first was there"
+    assert outcome == Outcome(76, line, lost=(1,))
 
 
 def test_a_rank_that_cannot_reach_its_supervisor_says_so_and_ends(tmp_path):

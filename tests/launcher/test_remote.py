@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 
 from lmscale.launcher import remote
-from lmscale.launcher.remote import Addresses, HostError, answers, prepare, sweep
+from lmscale.launcher.remote import answers, prepare, sweep
+from lmscale.launcher.shell import HostError
 from lmscale.launcher.status import RUN_ID
 
 SSH = """#!/bin/sh
 while [ "$1" = -o ]; do shift 2; done
 case "$1" in
     gone*) echo "ssh: Could not resolve hostname $1: Name or service not known" >&2; exit 255;;
+    silent) exit 0;;
+    lonely) exec sh -c "$2";;
+    polite) echo "Welcome to $1!"; SSH_CONNECTION="10.0.0.7 5 10.0.0.8 22" exec sh -c "$2";;
     *) SSH_CONNECTION="10.0.0.7 5 10.0.0.8 22" exec sh -c "$2";;
 esac
 """
@@ -42,7 +46,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_every_host_gets_the_config_and_the_address_is_what_it_sees(ssh, config):
-    assert prepare(["one", "two"], config) == Addresses("10.0.0.7", "10.0.0.8")
+    assert prepare(["one", "two"], config) == "10.0.0.7"
     assert config.read_text() == "model: {$x: '`y`'}\n"
     assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
 
@@ -56,6 +60,17 @@ def test_a_host_that_is_not_there_is_named(ssh, config):
     assert not answers("gone-2")
 
 
+@pytest.mark.parametrize("host", ["silent", "lonely"])
+def test_an_answer_that_is_none_is_told_in_a_line(ssh, config, host, monkeypatch):
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    with pytest.raises(HostError, match=rf"'{host}': has not answered as an sshd's shell does, .*see what ssh {host}"):
+        prepare([host], config)
+
+
+def test_what_a_hosts_shell_says_to_everyone_is_passed_over(ssh, config):
+    assert prepare(["polite"], config) == "10.0.0.7"
+
+
 def test_another_version_is_named_with_ours(ssh, config, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "3.99.1")
     with pytest.raises(
@@ -67,7 +82,7 @@ def test_another_version_is_named_with_ours(ssh, config, monkeypatch):
 def test_a_missing_package_is_named(ssh, config, monkeypatch):
     here = remote._versions()
     monkeypatch.setattr(remote, "_versions", lambda: here + " apex=9")
-    monkeypatch.setattr(remote, "_PACKAGES", (*remote._PACKAGES, "no-such-package"))
+    monkeypatch.setattr(remote, "PACKAGES", (*remote.PACKAGES, "no-such-package"))
     with pytest.raises(HostError, match=r"has no-such-package=none and this host apex=9"):
         prepare(["one"], config)
 

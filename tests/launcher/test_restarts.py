@@ -9,7 +9,7 @@ import pytest
 
 from lmscale.errors import ConfigError
 from lmscale.launcher import restarts
-from lmscale.launcher.compose import Placement
+from lmscale.launcher.compose import Nodes, Placement
 from lmscale.launcher.restarts import RestartPolicy, check_policy, keep_running
 from lmscale.launcher.supervise import Outcome
 from lmscale.launcher.validate import LaunchPlan, validate_run
@@ -171,3 +171,9 @@ def test_options_that_contradict_each_other_are_refused(options, field):
 def test_slurm_cannot_leave_out_a_node():
     with pytest.raises(ConfigError, match="Slurm requeues"):
         check_policy(1, True, None, Placement("slurm", num_ranks=4))
+
+
+def test_a_fixed_number_of_hosts_that_start_by_themselves_is_not_restarted_by_torchrun():
+    with pytest.raises(ConfigError, match=r"--max-restarts = 2: is not for a fixed --nnodes; drop it"):
+        check_policy(2, False, None, Placement("torchrun", num_ranks=4, nodes=Nodes(2, 2, 0)))
+    check_policy(2, False, None, Placement("torchrun", num_ranks=4, nodes=Nodes(1, 2)))

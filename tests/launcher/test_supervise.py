@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale.launcher import supervise as supervision
 from lmscale.launcher.environment import free_port
 from lmscale.launcher.processes import marked, ranks_of
 from lmscale.launcher.status import RUN_ID, Report, read_registrations
@@ -32,10 +33,10 @@ class Launch:
         self.run_id, self.num_ranks = uuid.uuid4().hex, num_ranks
         self.script = [str(HERE / "stand_in.py"), behaviour, str(self.logs)]
 
-    def run(self, when=None, grace_s: float = 5.0, **options) -> Outcome:
+    def run(self, when=None, grace_s: float = 5.0, launcher: str = "fake_launcher.py", **options) -> Outcome:
         thread = threading.Thread(target=when or (lambda: None))
         thread.start()
-        argv = [sys.executable, str(HERE / "fake_launcher.py"), str(self.num_ranks), *self.script]
+        argv = [sys.executable, str(HERE / launcher), str(self.num_ranks), *self.script]
         try:
             environ = {**os.environ, RUN_ID: self.run_id}
             return supervise(argv, environ, self.status_dir, self.num_ranks, logs=self.logs, grace_s=grace_s, **options)
@@ -108,6 +109,17 @@ def test_a_signal_before_the_ranks_are_up_waits_for_them(tmp_path):
     assert launch.log(1) == "up\nstopped by SIGTERM\nsaved\n"
 
 
+def test_a_launch_that_does_not_come_up_ends_when_it_is_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervision, "_START_GRACE_S", 1.0)
+    launch = Launch(tmp_path, "one-missing")
+
+    def act():
+        wait_until(lambda: "up" in launch.log(0))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert launch.run(act) == Outcome(75, "stopped before every rank was up")
+
+
 def test_a_second_interrupt_kills(tmp_path):
     launch = Launch(tmp_path, "deaf")
 
@@ -166,6 +178,33 @@ def test_a_term_before_ranks_on_other_hosts_are_up_leaves_the_stop_file_with_the
         launch.signal_when("up", signal.SIGTERM)()  # these stand-ins do not look at it
 
     launch.run(act, is_local=False, stop_file=stop_file)
+    assert stop_file.read_text() == launch.run_id
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_under_slurm_a_signal_lets_every_rank_save_though_srun_does_not_pass_it_on(tmp_path, number):
+    launch = Launch(tmp_path, "work")
+    options = {"launcher": "fake_srun.py", "is_local": False, "launcher_passes_usr1": True}
+    outcome = launch.run(launch.signal_when("up", number), **options)
+    assert outcome == Outcome(75)
+    assert [launch.log(rank) for rank in range(2)] == [f"up\nstopped by {number.name}\nsaved\n"] * 2
+
+
+def test_under_slurm_signals_reach_ranks_that_are_all_on_other_hosts(tmp_path, monkeypatch):
+    launch, stop_file = Launch(tmp_path, "work"), tmp_path / "STOP"
+
+    def act():
+        launch.wait_for("up")
+        monkeypatch.setattr("socket.gethostname", lambda: "login-node")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        launch.wait_for("saved")
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(stop_file.exists)
+        for entry in read_registrations(launch.status_dir).values():
+            os.kill(entry.pid, signal.SIGTERM)  # these stand-ins do not look at it
+
+    options = {"launcher": "fake_srun.py", "is_local": False, "launcher_passes_usr1": True, "stop_file": stop_file}
+    assert launch.run(act, **options) == Outcome(75)
     assert stop_file.read_text() == launch.run_id
 
 
