@@ -17,6 +17,18 @@ from pathlib import Path
 DIRECTORY = Path("/var/lib/lmscale-cluster")
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "/usr/sbin/sshd": "openssh-server", "ssh": "openssh-client"}
 PACKAGES |= {"ssh-keygen": "openssh-client", "pdsh": "pdsh", "nft": "nftables", "unshare": "util-linux"}
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+"""Where Debian has the programs of the administrator too."""
+_PROBE = (
+    "ip link add switch type bridge && ip link add name eth0 type veth peer name host-1 && mount -t tmpfs tmpfs /run"
+)
+_PROBE_FAULTS = (
+    "ip link add name eth0 type veth peer name host-1",
+    "tc qdisc add dev eth0 root tbf rate 1mbit burst 256kb latency 400ms",
+    "nft add table inet lossy",
+    "nft 'add chain inet lossy input { type filter hook input priority 0; }'",
+    "nft add rule inet lossy input numgen random mod 100 '<' 50 counter drop",
+)
 _NETWORK = "10.77.0"
 _PRIVATE = ("/tmp", "/var/tmp")
 _UP_S = 20.0
@@ -87,14 +99,25 @@ def missing_for_a_cluster() -> str | None:
         return "needs Linux's namespaces"
     if os.geteuid() != 0:
         return "needs root, for namespaces and interfaces; use sudo"
-    search = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     for program, package in PACKAGES.items():
-        if shutil.which(program, path=search) is None:
+        if shutil.which(program, path=_PATH) is None:
             return f"needs {program}, which is not installed; on Debian: apt-get install {package}"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True)
-    if tried.returncode:
-        return f"may not make namespaces here ({tried.stderr.decode().strip()}); in a container: --privileged"
-    return None
+    refused = _refused(_PROBE)
+    return refused and f"may not make hosts here ({refused}); in a container: --privileged"
+
+
+def missing_for_faults() -> str | None:
+    """Say why links cannot be slowed and lose packets here, where a cluster can be had; None where they can."""
+    refused = _refused(" && ".join(_PROBE_FAULTS))
+    return refused and f"has no kernel that slows links and drops packets, or may not here ({refused})"
+
+
+def _refused(script: str) -> str | None:
+    """Try a script in namespaces like a host's, which end with it; return what stands in its way, None for nothing."""
+    namespaces = ["--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
+    argv = ["unshare", *namespaces, "sh", "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, env=_environ())
+    return None if done.returncode == 0 else " ".join(done.stderr.split()) or f"status {done.returncode}"
 
 
 class Cluster:
@@ -319,7 +342,12 @@ def _start_process(argv: Sequence[str], log: Path, *namespaces: str) -> tuple[Pr
     # A shell in between, so that it is nobody's child: this program may end first, and pytest wants none left.
     script = f'exec 3<&0; "$@" <&3 3<&- >{shlex.quote(str(log))} 2>&1 & echo $!'
     started = subprocess.run(
-        ["sh", "-c", script, "sh", *unshare], stdin=read_end, stdout=subprocess.PIPE, cwd="/", check=True
+        ["sh", "-c", script, "sh", *unshare],
+        stdin=read_end,
+        stdout=subprocess.PIPE,
+        cwd="/",
+        env=_environ(),
+        check=True,
     )
     os.close(read_end)
     parent = Process.of(int(started.stdout))
@@ -337,9 +365,13 @@ def _in_network(process: Process, *argv: str, check: bool = True) -> None:
 
 
 def _run(argv: Sequence[str], check: bool = True) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, env=_environ())
     if check and done.returncode:
         raise ClusterError(f"{' '.join(argv)}: {done.stderr.strip()}")
+
+
+def _environ() -> dict[str, str]:
+    return {**os.environ, "PATH": _PATH}
 
 
 def _start_of(pid: int) -> str | None:
