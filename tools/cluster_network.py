@@ -84,6 +84,9 @@ class Process:
             time.sleep(0.02)
 
 
+_NOBODY = Process(0, "")
+
+
 @dataclass(frozen=True)
 class ClusterHost:
     """A host: its first process, by whose end it ends."""
@@ -162,17 +165,15 @@ class Cluster:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.chmod(0o755)  # sshd reads the authorized key as the user
         names = {f"host-{number}": f"{_NETWORK}.{number}" for number in range(1, num_hosts + 1)}
-        _write_common(directory, names)
-        switch = _start_process(["sleep", "infinity"], directory / "switch.log", "--net")[0]
-        cluster = Cluster(directory, switch, [])
+        cluster = Cluster(directory, _NOBODY, [])
         try:
-            _in_network(switch, "ip", "link", "add", "switch", "type", "bridge")
-            _in_network(switch, "ip", "link", "set", "switch", "up")
+            cluster._save()
+            _write_common(directory, names)
+            cluster._start_switch()
             for name, address in names.items():
                 cluster._describe(name, address, shared, private)
-                cluster.hosts[name] = cluster._start(name, address)
-                cluster._save()
-            cluster._wait_for_sshd()
+                cluster._start(name, address)
+            cluster._wait_for_sshd(*names)
         except BaseException:
             cluster.down()
             raise
@@ -221,9 +222,8 @@ class Cluster:
         host = self._known(name)
         if host.init.is_alive:
             raise ClusterError(f"{name}: is up")
-        self.hosts[name] = self._start(name, host.address)
-        self._save()
-        self._wait_for_sshd()
+        self._start(name, host.address)
+        self._wait_for_sshd(name)
 
     def cut(self, name: str) -> None:
         """Pull a host's cable."""
@@ -268,38 +268,42 @@ class Cluster:
         spec_file = home / "host.json"
         spec_file.write_text(json.dumps({**spec, "shared": [str(path.absolute()) for path in shared], "private": own}))
 
-    def _start(self, name: str, address: str) -> ClusterHost:
+    def _start_switch(self) -> None:
+        self._switch, stdin = _start_process(["sleep", "infinity"], self.directory / "switch.log", "--net")
+        os.close(stdin)
+        self._save()
+        _in_network(self._switch, "ip", "link", "add", "switch", "type", "bridge")
+        _in_network(self._switch, "ip", "link", "set", "switch", "up")
+
+    def _start(self, name: str, address: str) -> None:
         home = self.directory / "hosts" / name
         argv = [sys.executable, str(Path(__file__).with_name("cluster_host.py")), str(home / "host.json")]
         init, stdin = _start_process(argv, home / "host.log", "--net", "--uts", "--mount", "--ipc", "--mount-proc")
-        # The kernel takes its time to remove the interfaces of a host that was killed.
-        _in_network(self._switch, "ip", "link", "delete", name, check=False)
-        # The address of the card stays when a host is started again, as that of a real one.
-        card = "02:00:" + ":".join(f"{int(byte):02x}" for byte in address.split("."))
-        veth = (
-            "ip",
-            "link",
-            "add",
-            "eth0",
-            "address",
-            card,
-            "netns",
-            str(init.pid),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            name,
-        )
-        _run([*veth, "netns", str(self._switch.pid)])
-        _in_network(self._switch, "ip", "link", "set", name, "master", "switch", "up")
-        os.write(stdin, b"\n")
-        os.close(stdin)
-        return ClusterHost(name, address, init)
+        self.hosts[name] = ClusterHost(name, address, init)
+        try:
+            self._save()
+            self._connect(self.hosts[name])
+            os.write(stdin, b"\n")
+        except BaseException:
+            init.kill()
+            raise
+        finally:
+            os.close(stdin)
 
-    def _wait_for_sshd(self) -> None:
+    def _connect(self, host: ClusterHost) -> None:
+        """Give a host its interface, whose other end is at the switch under the host's name."""
+        # The kernel takes its time to remove the interfaces of a host that was killed.
+        _in_network(self._switch, "ip", "link", "delete", host.name, check=False)
+        # The address of the card stays when a host is started again, as that of a real one.
+        card = "02:00:" + ":".join(f"{int(byte):02x}" for byte in host.address.split("."))
+        eth0 = ["eth0", "address", card, "netns", str(host.init.pid)]
+        _run(["ip", "link", "add", *eth0, "type", "veth", "peer", "name", host.name, "netns", str(self._switch.pid)])
+        _in_network(self._switch, "ip", "link", "set", host.name, "master", "switch", "up")
+
+    def _wait_for_sshd(self, *names: str) -> None:
         deadline_s = time.monotonic() + _UP_S
-        for name, host in self.hosts.items():
+        for name in names:
+            host = self.hosts[name]
             log = self.directory / "hosts" / name / "host.log"
             while True:
                 if not host.init.is_alive or time.monotonic() > deadline_s:
@@ -341,23 +345,34 @@ def _start_process(argv: Sequence[str], log: Path, *namespaces: str) -> tuple[Pr
     unshare = ["setsid", "unshare", "--fork", "--pid", "--kill-child", *namespaces, *argv]
     # A shell in between, so that it is nobody's child: this program may end first, and pytest wants none left.
     script = f'exec 3<&0; "$@" <&3 3<&- >{shlex.quote(str(log))} 2>&1 & echo $!'
-    started = subprocess.run(
-        ["sh", "-c", script, "sh", *unshare],
-        stdin=read_end,
-        stdout=subprocess.PIPE,
-        cwd="/",
-        env=_environ(),
-        check=True,
-    )
-    os.close(read_end)
-    parent = Process.of(int(started.stdout))
+    parent = _NOBODY
+    try:
+        started = subprocess.run(
+            ["sh", "-c", script, "sh", *unshare],
+            stdin=read_end,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            env=_environ(),
+            check=True,
+        )
+        parent = Process.of(int(started.stdout))
+        return _first_child(parent, log), write_end
+    except BaseException:
+        os.close(write_end)
+        parent.kill()  # and the kernel its child
+        raise
+    finally:
+        os.close(read_end)
+
+
+def _first_child(parent: Process, log: Path) -> Process:
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     deadline_s = time.monotonic() + _UP_S
     while not (found := children.read_text().split() if parent.is_alive else []):
         if not parent.is_alive or time.monotonic() > deadline_s:
             raise ClusterError(f"cannot make namespaces: {log.read_text().strip()}")
         time.sleep(0.01)
-    return Process.of(int(found[0])), write_end
+    return Process.of(int(found[0]))
 
 
 def _in_network(process: Process, *argv: str, check: bool = True) -> None:
