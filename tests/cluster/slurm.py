@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -18,6 +19,8 @@ PROGRAMS = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", 
 _SBIN = "/usr/sbin:/sbin"
 _START_S = 60.0
 _END_S = 20.0
+_REFUSALS = ("cgroup", "Permission denied", "Operation not permitted", "Read-only file system")
+"""In the log of a slurmd that has ended: what a container may not do."""
 _CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -58,6 +61,10 @@ def missing_for_slurm() -> str | None:
     return f"needs Debian's {' and '.join(lacking)}" if lacking else None
 
 
+class SlurmRefusedError(RuntimeError):
+    """slurmd may not do here what it must; its own words."""
+
+
 def eventually(condition: Callable[[], bool], within_s: float) -> bool:
     """Wait until something holds, and say whether it does."""
     until = time.monotonic() + within_s
@@ -90,25 +97,44 @@ class Slurm:
         """Start the daemons and wait for the node.
 
         Raises:
-            RuntimeError: if the node does not come up, with the daemons' logs.
+            SlurmRefusedError: if slurmd ends because this container does not let it work.
+            RuntimeError: if the node does not come up otherwise, with the daemons' logs.
         """
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
         files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
         self._start(
             "munged", "--foreground", "--force", *(f"--{key}={self.directory / name}" for key, name in files.items())
         )
-        eventually((self.directory / "munge.socket").exists, _START_S)
+        if not eventually((self.directory / "munge.socket").exists, _START_S):
+            raise RuntimeError("munged did not start:\n" + self.logs())
         self._start("slurmctld", "-D", "-i", "-f", str(self.config))
         self._start("slurmd", "-D", "-f", str(self.config))
-        if not eventually(lambda: self.run("sinfo", "-h", "-o", "%T").stdout.strip() == "idle", _START_S):
-            logs = [path.read_text()[-2000:] for path in sorted(self.directory.glob("*.log"))]
-            self.down()
-            raise RuntimeError("the node did not come up:\n" + "\n".join(logs))
+        slurmd = self._daemons[-1]
+        eventually(lambda: self._is_idle() or slurmd.poll() is not None, _START_S)
+        if slurmd.poll() is not None:
+            lines = (self.directory / "slurmd.log").read_text(errors="replace").splitlines()
+            refused = [line for line in lines if any(word in line for word in _REFUSALS)]
+            if refused:
+                raise SlurmRefusedError(f"cannot start slurmd here: {refused[-1]}")
+        if slurmd.poll() is not None or not self._is_idle():
+            raise RuntimeError("the node did not come up:\n" + self.logs())
 
-    def run(self, *argv: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def _is_idle(self) -> bool:
+        try:
+            return self.run("sinfo", "-h", "-o", "%T").stdout.strip() == "idle"
+        except subprocess.TimeoutExpired:
+            return False
+
+    def logs(self) -> str:
+        """Return the ends of the daemons' logs."""
+        return "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(self.directory.glob("*.log")))
+
+    def run(
+        self, *argv: str, environ: Mapping[str, str] | None = None, timeout_s: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
         """Run one of Slurm's commands."""
         given = {**self.environ, **(environ or {})}
-        return subprocess.run(argv, env=given, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(argv, env=given, capture_output=True, text=True, check=False, timeout=timeout_s)
 
     def state(self, job: str) -> str:
         """Return a job's state, as PENDING or RUNNING; empty where it is forgotten."""
@@ -116,8 +142,9 @@ class Slurm:
 
     def down(self) -> None:
         """Cancel every job, end the daemons and remove their files."""
-        self.run("scancel", "-u", "root")
-        eventually(lambda: not self.run("squeue", "-h").stdout.strip(), _END_S)
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # a controller that does not answer has no jobs
+            self.run("scancel", "-u", "root", timeout_s=_END_S)
+            eventually(lambda: not self.run("squeue", "-h", timeout_s=_END_S).stdout.strip(), _END_S)
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
             try:
