@@ -53,14 +53,28 @@ def test_hosts_that_share_nothing_have_the_losses_of_one_process(
         assert list(checkpoint.glob("rank-*.safetensors")), name
 
 
-@pytest.mark.parametrize("launcher", ["openmpi", "mpich", "torchrun"])
-def test_another_launcher_has_the_losses_of_one_process(hosts: Hosts, expected: list[float], launcher: str) -> None:
+TWO_HOSTS = ["host-1", "host-2"]
+FOUR_HOSTS = [f"host-{number} slots=2" for number in range(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "slots", "layout"),
+    [
+        ("openmpi", FOUR_HOSTS, {"parallel__tp_size": 2, "parallel__pp_size": 2}),
+        ("mpich", TWO_HOSTS, {}),
+        ("torchrun", TWO_HOSTS, {}),
+    ],
+    ids=["openmpi, 4-hosts-dp2-tp2-pp2", "mpich", "torchrun"],
+)
+def test_another_launcher_has_the_losses_of_one_process(
+    hosts: Hosts, expected: list[float], launcher: str, slots: list[str], layout: dict[str, int]
+) -> None:
     program, package = PACKAGES.get(launcher, ("ssh", "openssh-client"))
     if shutil.which(program) is None:
         pytest.skip(f"needs {program}, of Debian's {package}")
-    _, config = hosts.write(hosts.own / "run", data__shared_filesystem=False)
+    _, config = hosts.write(hosts.own / "run", data__shared_filesystem=False, **layout)
     may_be_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    running = hosts.train(config, hosts.hostfile("host-1", "host-2"), "--launcher", launcher, **may_be_root)
+    running = hosts.train(config, hosts.hostfile(*slots), "--launcher", launcher, **may_be_root)
     status, output = running.end()
     assert status == 0, output
     assert largest_difference(losses_on(hosts, hosts.own / "run"), expected) < TOLERANCE
