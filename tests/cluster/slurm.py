@@ -84,7 +84,7 @@ class Slurm:
         self._write(directory, directory, {name: "127.0.0.1"})
 
     def _write(self, directory: Path, local: Path, nodes: Mapping[str, str]) -> None:
-        """Write the settings: files of all nodes in a directory, sockets, whose paths must be short, at one that each has of its own."""
+        """Write the settings; sockets, whose paths must be short, lie in a directory that each node has of its own."""
         self.directory, self._local, self._nodes = directory, local, list(nodes)
         self.directory.chmod(0o755)  # munged wants its socket to be reached by everybody
         (self.directory / "state").mkdir()
