@@ -76,15 +76,18 @@ def end_of(log: Path) -> str:
 def test_a_job_is_saved_before_its_limit_and_goes_on_from_there(slurm: Slurm, tmp_path: Path) -> None:
     run = write_run(tmp_path, train__train_tokens=10**9, train__log_interval=10)
     script = str(ROOT / "launch" / "slurm.sbatch")
-    # Slurm looks at limits twice a minute and may be a minute early: TERM comes 120 to 180 seconds after the start, and
-    # would kill ranks that are not up by then.
-    job, log = submit(slurm, tmp_path, "--time=00:05:00", "--signal=TERM@120", script, str(run))
+    job, log = submit(slurm, tmp_path, "--time=01:00:00", "--signal=TERM@120", script, str(run))
     assert eventually(lambda: len(steps(tmp_path)) > 1, STARTED_S), end_of(log)
+    # Before its ranks are up TERM would kill them, so the limit is set now: 2 to 3 minutes from here.
+    minutes = int(slurm.run("squeue", "-h", "-j", job, "-o", "%M").stdout.partition(":")[0])
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 3}")
     latest = tmp_path / "run" / "checkpoints" / "latest"
     assert eventually(latest.exists, SIGNALLED_S), end_of(log)
     saved = int(re.search(r"\d+$", latest.read_text().strip())[0])
     assert eventually(lambda: slurm.state(job) == "PENDING", REQUEUED_S), end_of(log)
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+    slurm.run(
+        "scontrol", "update", f"JobId={job}", "TimeLimit=60", "StartTime=now"
+    )  # Slurm lets a requeued job wait two minutes
     assert eventually(lambda: len(steps(tmp_path)) > 1 and steps(tmp_path)[-1] > saved, REQUEUED_S), end_of(log)
     assert slurm.state(job) == "RUNNING"
     text = log.read_text()
