@@ -177,6 +177,7 @@ def test_ctrl_c_saves_and_leaves_no_process_with_torchrun_too(hosts: Hosts) -> N
         assert (saved / f"rank-{number:05d}.safetensors").is_file()
 
 
+@pytest.mark.slow  # torchrun waits half a minute for a host that is not there
 def test_an_elastic_torchrun_goes_on_with_the_hosts_that_are_there(hosts: Hosts, tmp_path: Path) -> None:
     """A host loses power, comes back, and joins again."""
     keys, config = hosts.write(hosts.shared / "run", checkpoint__save_interval=3, **LONG)
