@@ -30,7 +30,7 @@ test-all: venv
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not cluster"
 
 test-cluster: venv
-	$(BIN)/pytest -m cluster tests/cluster tests/tools/test_cluster.py
+	$(BIN)/pytest -m "cluster and not slow" tests/cluster tests/tools/test_cluster.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -17,6 +17,18 @@ from pathlib import Path
 DIRECTORY = Path("/var/lib/lmscale-cluster")
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "/usr/sbin/sshd": "openssh-server", "ssh": "openssh-client"}
 PACKAGES |= {"ssh-keygen": "openssh-client", "pdsh": "pdsh", "nft": "nftables", "unshare": "util-linux"}
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+"""Where Debian has the programs of the administrator too."""
+_PROBE = (
+    "ip link add switch type bridge && ip link add name eth0 type veth peer name host-1 && mount -t tmpfs tmpfs /run"
+)
+_PROBE_FAULTS = (
+    "ip link add name eth0 type veth peer name host-1",
+    "tc qdisc add dev eth0 root tbf rate 1mbit burst 256kb latency 400ms",
+    "nft add table inet lossy",
+    "nft 'add chain inet lossy input { type filter hook input priority 0; }'",
+    "nft add rule inet lossy input numgen random mod 100 '<' 50 counter drop",
+)
 _NETWORK = "10.77.0"
 _PRIVATE = ("/tmp", "/var/tmp")
 _UP_S = 20.0
@@ -72,6 +84,9 @@ class Process:
             time.sleep(0.02)
 
 
+_NOBODY = Process(0, "")
+
+
 @dataclass(frozen=True)
 class ClusterHost:
     """A host: its first process, by whose end it ends."""
@@ -87,14 +102,25 @@ def missing_for_a_cluster() -> str | None:
         return "needs Linux's namespaces"
     if os.geteuid() != 0:
         return "needs root, for namespaces and interfaces; use sudo"
-    search = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     for program, package in PACKAGES.items():
-        if shutil.which(program, path=search) is None:
+        if shutil.which(program, path=_PATH) is None:
             return f"needs {program}, which is not installed; on Debian: apt-get install {package}"
-    tried = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "true"], capture_output=True)
-    if tried.returncode:
-        return f"may not make namespaces here ({tried.stderr.decode().strip()}); in a container: --privileged"
-    return None
+    refused = _refused(_PROBE)
+    return refused and f"may not make hosts here ({refused}); in a container: --privileged"
+
+
+def missing_for_faults() -> str | None:
+    """Say why links cannot be slowed and lose packets here, where a cluster can be had; None where they can."""
+    refused = _refused(" && ".join(_PROBE_FAULTS))
+    return refused and f"has no kernel that slows links and drops packets, or may not here ({refused})"
+
+
+def _refused(script: str) -> str | None:
+    """Try a script in namespaces like a host's, which end with it; return what stands in its way, None for nothing."""
+    namespaces = ["--net", "--uts", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
+    argv = ["unshare", *namespaces, "sh", "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, env=_environ())
+    return None if done.returncode == 0 else " ".join(done.stderr.split()) or f"status {done.returncode}"
 
 
 class Cluster:
@@ -139,17 +165,15 @@ class Cluster:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.chmod(0o755)  # sshd reads the authorized key as the user
         names = {f"host-{number}": f"{_NETWORK}.{number}" for number in range(1, num_hosts + 1)}
-        _write_common(directory, names)
-        switch = _start_process(["sleep", "infinity"], directory / "switch.log", "--net")[0]
-        cluster = Cluster(directory, switch, [])
+        cluster = Cluster(directory, _NOBODY, [])
         try:
-            _in_network(switch, "ip", "link", "add", "switch", "type", "bridge")
-            _in_network(switch, "ip", "link", "set", "switch", "up")
+            cluster._save()
+            _write_common(directory, names)
+            cluster._start_switch()
             for name, address in names.items():
                 cluster._describe(name, address, shared, private)
-                cluster.hosts[name] = cluster._start(name, address)
-                cluster._save()
-            cluster._wait_for_sshd()
+                cluster._start(name, address)
+            cluster._wait_for_sshd(*names)
         except BaseException:
             cluster.down()
             raise
@@ -198,9 +222,8 @@ class Cluster:
         host = self._known(name)
         if host.init.is_alive:
             raise ClusterError(f"{name}: is up")
-        self.hosts[name] = self._start(name, host.address)
-        self._save()
-        self._wait_for_sshd()
+        self._start(name, host.address)
+        self._wait_for_sshd(name)
 
     def cut(self, name: str) -> None:
         """Pull a host's cable."""
@@ -245,38 +268,42 @@ class Cluster:
         spec_file = home / "host.json"
         spec_file.write_text(json.dumps({**spec, "shared": [str(path.absolute()) for path in shared], "private": own}))
 
-    def _start(self, name: str, address: str) -> ClusterHost:
+    def _start_switch(self) -> None:
+        self._switch, stdin = _start_process(["sleep", "infinity"], self.directory / "switch.log", "--net")
+        os.close(stdin)
+        self._save()
+        _in_network(self._switch, "ip", "link", "add", "switch", "type", "bridge")
+        _in_network(self._switch, "ip", "link", "set", "switch", "up")
+
+    def _start(self, name: str, address: str) -> None:
         home = self.directory / "hosts" / name
         argv = [sys.executable, str(Path(__file__).with_name("cluster_host.py")), str(home / "host.json")]
         init, stdin = _start_process(argv, home / "host.log", "--net", "--uts", "--mount", "--ipc", "--mount-proc")
-        # The kernel takes its time to remove the interfaces of a host that was killed.
-        _in_network(self._switch, "ip", "link", "delete", name, check=False)
-        # The address of the card stays when a host is started again, as that of a real one.
-        card = "02:00:" + ":".join(f"{int(byte):02x}" for byte in address.split("."))
-        veth = (
-            "ip",
-            "link",
-            "add",
-            "eth0",
-            "address",
-            card,
-            "netns",
-            str(init.pid),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            name,
-        )
-        _run([*veth, "netns", str(self._switch.pid)])
-        _in_network(self._switch, "ip", "link", "set", name, "master", "switch", "up")
-        os.write(stdin, b"\n")
-        os.close(stdin)
-        return ClusterHost(name, address, init)
+        self.hosts[name] = ClusterHost(name, address, init)
+        try:
+            self._save()
+            self._connect(self.hosts[name])
+            os.write(stdin, b"\n")
+        except BaseException:
+            init.kill()
+            raise
+        finally:
+            os.close(stdin)
 
-    def _wait_for_sshd(self) -> None:
+    def _connect(self, host: ClusterHost) -> None:
+        """Give a host its interface, whose other end is at the switch under the host's name."""
+        # The kernel takes its time to remove the interfaces of a host that was killed.
+        _in_network(self._switch, "ip", "link", "delete", host.name, check=False)
+        # The address of the card stays when a host is started again, as that of a real one.
+        card = "02:00:" + ":".join(f"{int(byte):02x}" for byte in host.address.split("."))
+        eth0 = ["eth0", "address", card, "netns", str(host.init.pid)]
+        _run(["ip", "link", "add", *eth0, "type", "veth", "peer", "name", host.name, "netns", str(self._switch.pid)])
+        _in_network(self._switch, "ip", "link", "set", host.name, "master", "switch", "up")
+
+    def _wait_for_sshd(self, *names: str) -> None:
         deadline_s = time.monotonic() + _UP_S
-        for name, host in self.hosts.items():
+        for name in names:
+            host = self.hosts[name]
             log = self.directory / "hosts" / name / "host.log"
             while True:
                 if not host.init.is_alive or time.monotonic() > deadline_s:
@@ -318,18 +345,34 @@ def _start_process(argv: Sequence[str], log: Path, *namespaces: str) -> tuple[Pr
     unshare = ["setsid", "unshare", "--fork", "--pid", "--kill-child", *namespaces, *argv]
     # A shell in between, so that it is nobody's child: this program may end first, and pytest wants none left.
     script = f'exec 3<&0; "$@" <&3 3<&- >{shlex.quote(str(log))} 2>&1 & echo $!'
-    started = subprocess.run(
-        ["sh", "-c", script, "sh", *unshare], stdin=read_end, stdout=subprocess.PIPE, cwd="/", check=True
-    )
-    os.close(read_end)
-    parent = Process.of(int(started.stdout))
+    parent = _NOBODY
+    try:
+        started = subprocess.run(
+            ["sh", "-c", script, "sh", *unshare],
+            stdin=read_end,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            env=_environ(),
+            check=True,
+        )
+        parent = Process.of(int(started.stdout))
+        return _first_child(parent, log), write_end
+    except BaseException:
+        os.close(write_end)
+        parent.kill()  # and the kernel its child
+        raise
+    finally:
+        os.close(read_end)
+
+
+def _first_child(parent: Process, log: Path) -> Process:
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     deadline_s = time.monotonic() + _UP_S
     while not (found := children.read_text().split() if parent.is_alive else []):
         if not parent.is_alive or time.monotonic() > deadline_s:
             raise ClusterError(f"cannot make namespaces: {log.read_text().strip()}")
         time.sleep(0.01)
-    return Process.of(int(found[0])), write_end
+    return Process.of(int(found[0]))
 
 
 def _in_network(process: Process, *argv: str, check: bool = True) -> None:
@@ -337,9 +380,13 @@ def _in_network(process: Process, *argv: str, check: bool = True) -> None:
 
 
 def _run(argv: Sequence[str], check: bool = True) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True)
+    done = subprocess.run(argv, capture_output=True, text=True, env=_environ())
     if check and done.returncode:
         raise ClusterError(f"{' '.join(argv)}: {done.stderr.strip()}")
+
+
+def _environ() -> dict[str, str]:
+    return {**os.environ, "PATH": _PATH}
 
 
 def _start_of(pid: int) -> str | None:

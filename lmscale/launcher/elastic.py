@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,9 @@ from lmscale.launcher.remote import answers, on_all
 
 HOSTFILE = "hostfile.elastic"
 """Under the run's directory: the hosts that a restart goes on with."""
+_CONFIG_S = 5.0
+_CONNECT_S = 2.0
+"""Time for a packet that was lost to be sent again."""
 
 
 def largest_legal(config: RunConfig, most: int, least: int = 1) -> int | None:
@@ -33,7 +38,7 @@ def shrink(
     placement: Placement,
     lost: Collection[int],
     min_devices: int = 1,
-    is_up: Callable[[str], bool] = answers,
+    is_up: Callable[[str], bool] | None = None,
 ) -> Placement | None:
     """Place a run on what is left.
 
@@ -45,13 +50,13 @@ def shrink(
         placement: where it was.
         lost: ranks whose process died or did not answer.
         min_devices: ranks that it must have.
-        is_up: asks a host.
+        is_up: asks a host; ssh does, where its port takes a connection.
 
     Returns:
         The same placement where nothing is missing; None where what is left is too little.
     """
     if placement.hosts:
-        return _without_hosts(config, placement, min_devices, is_up)
+        return _without_hosts(config, placement, min_devices, is_up or _is_up)
     if not lost:
         return placement
     num_ranks = largest_legal(config, placement.num_ranks - len(lost), min_devices)
@@ -59,6 +64,34 @@ def shrink(
         return None
     devices = tuple(device for number, device in enumerate(placement.cuda_devices) if number not in lost)
     return replace(placement, num_ranks=num_ranks, ranks_per_host=num_ranks, cuda_devices=devices)
+
+
+def _is_up(host: str) -> bool:
+    return _connects(host) and answers(host)
+
+
+def _connects(host: str) -> bool:
+    """Tell whether a host's port for ssh may be reached.
+
+    A kernel takes a connection at once, however busy its host is; ssh waits longer for a host that is gone. Whatever else
+    stands in the way is for ssh to say, and so is all of it where a connection goes through another host.
+    """
+    try:
+        shown = subprocess.run(
+            ["ssh", "-G", host], capture_output=True, text=True, timeout=_CONFIG_S, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return True
+    settings = {key: value for key, _, value in (line.partition(" ") for line in shown.splitlines())}
+    if not {"hostname", "port"} <= settings.keys() or {"proxyjump", "proxycommand"} & settings.keys():
+        return True
+    try:
+        socket.create_connection((settings["hostname"], int(settings["port"])), _CONNECT_S).close()
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _without_hosts(

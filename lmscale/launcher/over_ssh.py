@@ -27,6 +27,8 @@ _SSH_FAILED = 255
 _GRACE_S = 20.0
 """From the first failure to the end of the other hosts: their ranks may be about to say why."""
 _LAST_WORDS_S = 10.0
+_DRAIN_S = 5.0
+"""For what the connections have brought and nobody has read, when all are closed."""
 _POLL_S = 0.1
 
 
@@ -59,16 +61,18 @@ class _Hosts:
                 process.stdin.close()
 
     def end(self) -> None:
-        """Let go of all, and wait for the connections to close; a lost host's never does."""
+        """Let go of all, and wait for the connections to close, all within the same time; a lost host's never does."""
         self.let_go()
+        deadline = time.monotonic() + _LAST_WORDS_S
         for process in self.processes.values():
             try:
-                process.wait(_LAST_WORDS_S)
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        deadline = time.monotonic() + _DRAIN_S
         for pump in self._pumps:
-            pump.join(_LAST_WORDS_S)
+            pump.join(max(0.0, deadline - time.monotonic()))
 
 
 def run(commands: Sequence[tuple[str, str]], grace_s: float = _GRACE_S) -> int:

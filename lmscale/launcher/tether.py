@@ -12,12 +12,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 
 from lmscale.launcher.processes import marked, send
 
 _MARK = "LMSCALE_TETHER"
+_KILL_S = 10.0
+_POLL_S = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,16 +33,22 @@ def main(argv: Sequence[str]) -> int:
     child = subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, env={**os.environ, _MARK: mark})
     threading.Thread(target=_kill_at_the_end_of_input, args=(mark,), daemon=True).start()
     status = child.wait()
-    # What the command left behind belongs to nobody.
-    send(marked(mark, _MARK), signal.SIGKILL)
+    _kill_all(mark)  # what the command left behind belongs to nobody
     return status if status >= 0 else 128 - status
 
 
 def _kill_at_the_end_of_input(mark: str) -> None:
     while os.read(0, 4096):
         pass
-    while left := marked(mark, _MARK):
+    _kill_all(mark)
+
+
+def _kill_all(mark: str) -> None:
+    """Kill until none is left: one that is just being forked is not seen, and one that hangs in the kernel stays."""
+    deadline = time.monotonic() + _KILL_S
+    while (left := marked(mark, _MARK)) and time.monotonic() < deadline:
         send(left, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,26 @@ class Hosts:
         """Return where a host's own file is seen from here."""
         return self.cluster.files_of(name, path)
 
+    @contextlib.contextmanager
+    def hiding(self, name: str, path: str, behind: str = "/dev/null") -> Iterator[None]:
+        """Let a host alone see another file at a path."""
+        status, output = self.run(name, "mount", "--bind", behind, path)
+        assert status == 0, output
+        try:
+            yield
+        finally:
+            self.run(name, "umount", path)
+
     def processes(self, name: str) -> list[str]:
-        """Command lines on a host, but for its first process and sshd's."""
-        argv = ["ps", "-eo", "stat=,args=", "--no-headers"]
-        done = subprocess.run(self.cluster.command(name, argv, Path("/")), capture_output=True, text=True, check=True)
-        ours = ("cluster_host.py", "sshd", "ps -eo")
-        lines = [line.strip() for line in done.stdout.splitlines()]
-        return [line for line in lines if not line.startswith("Z") and not any(word in line for word in ours)]
+        """Command lines on a host, but for its first process and sshd's; its namespace's processes are seen from here."""
+        namespace = os.readlink(f"/proc/{self.cluster.hosts[name].init.pid}/ns/pid")
+        lines = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if os.readlink(process / "ns" / "pid") == namespace:
+                    lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+        # A zombie has no command line.
+        return [line for line in lines if line and not any(word in line for word in ("cluster_host.py", "sshd"))]
 
     def left(self) -> dict[str, list[str]]:
         """What still runs, by host that is up, once it has had a moment to end."""

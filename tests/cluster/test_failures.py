@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts, Running, records_in, until
+from tests.cluster.hosts import ROOT, Hosts, Running, records_in, until
 from tests.distributed.runs import Keys, fresh, largest_difference, losses, pretrain_on_ranks, run_keys
 
 TOLERANCE = 1.0e-5
@@ -38,24 +39,39 @@ def check_beginning(found: list[Keys], hosts: Hosts, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("host-9", "Could not resolve hostname host-9"), ("host-4", "timed out|No route to host"), ("host-3", "")],
+    [
+        ("host-9", "Could not resolve hostname host-9"),
+        ("host-4", "timed out|No route to host"),
+        ("host-3", "Permission denied"),
+    ],
     ids=["unknown", "cut off", "without sshd's key"],
 )
 def test_a_host_that_cannot_be_reached_is_refused_by_name(hosts: Hosts, name: str, reason: str) -> None:
     _, config = hosts.write(hosts.own / "run")
     hosts.cluster.cut("host-4")
     started = time.monotonic()
-    if name == "host-3":
-        hosts.run("host-3", "mount", "--bind", "/dev/null", "/run/cluster/key.pub")
-    status, output = hosts.train(config, hosts.hostfile("host-1", name)).end()
+    with hosts.hiding("host-3", "/run/cluster/key.pub"):
+        status, output = hosts.train(config, hosts.hostfile("host-1", name)).end()
     sys.stdout.write(f"{name} refused after {time.monotonic() - started:.1f} s\n")
-    if name == "host-3":
-        hosts.run("host-3", "umount", "/run/cluster/key.pub")
-        reason = "Permission denied"
     assert status == 2, output
     (line,) = output.splitlines()
     assert line.startswith(f"error: --hostfile = '{name}': cannot be reached by ssh: "), line
     assert re.search(reason, line), line
+    assert not hosts.left()
+
+
+def test_a_host_with_another_version_is_refused_by_name(hosts: Hosts) -> None:
+    _, config = hosts.write(hosts.own / "run")
+    metadata = Path(str(importlib.metadata.distribution("deepspeed").locate_file(""))) / "METADATA"
+    (metadata,) = metadata.parent.glob("deepspeed-*.dist-info/METADATA")
+    text, ours = metadata.read_text(), importlib.metadata.version("deepspeed")
+    (hosts.shared / "METADATA").write_text(text.replace(f"Version: {ours}", "Version: 0.1.2", 1))
+    with hosts.hiding("host-2", str(metadata), str(hosts.shared / "METADATA")):
+        status, output = hosts.train(config, hosts.hostfile("host-1", "host-2")).end()
+    assert status == 2, output
+    (line,) = output.splitlines()
+    has = f"has deepspeed=0.1.2 and this host deepspeed={ours}"
+    assert line == f"error: --hostfile = 'host-2': {has}; install the same versions on every host"
     assert not hosts.left()
 
 
@@ -143,3 +159,53 @@ def test_the_loss_of_the_first_host_ends_the_ranks_of_the_others(hosts: Hosts) -
     seconds = time.monotonic() - killed_at
     sys.stdout.write(f"the first host without power: {seconds:.1f} s to the end on the other\n")
     assert seconds < SECONDS_TO_END
+
+
+def test_ctrl_c_saves_and_leaves_no_process_with_torchrun_too(hosts: Hosts) -> None:
+    _, config = hosts.write(hosts.own / "run", **LONG)
+    running = hosts.train(config, hosts.hostfile("host-1", "host-2"), "--launcher", "torchrun")
+    metrics = hosts.path("host-1", hosts.own / "run") / "metrics.jsonl"
+    wait_for_steps(running, metrics, 3)
+    running.send(signal.SIGINT)
+    status, output = running.end()
+    assert status == 75, output
+    assert "Traceback" not in output
+    assert not hosts.left()
+    step = records_in(metrics)[-1]["step"]
+    for number in range(2):
+        saved = hosts.path(f"host-{number + 1}", hosts.own / "run" / "checkpoints") / f"step-{step:08d}"
+        assert (saved / f"rank-{number:05d}.safetensors").is_file()
+
+
+@pytest.mark.slow  # torchrun waits half a minute for a host that is not there
+def test_an_elastic_torchrun_goes_on_with_the_hosts_that_are_there(hosts: Hosts, tmp_path: Path) -> None:
+    """A host loses power, comes back, and joins again."""
+    keys, config = hosts.write(hosts.shared / "run", checkpoint__save_interval=3, **LONG)
+    output_dir = Path(keys["output_dir"])
+    metrics = output_dir / "metrics.jsonl"
+    join = [str(ROOT / "launch" / "torchrun_elastic.sh"), "1:2", "host-1", config]
+    first, second = hosts.start("host-1", *join), hosts.start("host-2", *join)
+    for size in (2, 1, 2):
+        reached = (records_in(metrics) or [{"step": 0}])[-1]["step"]
+        if size == 1:
+            hosts.cluster.kill("host-2")
+            hosts.cluster.boot("host-2")  # and answers that it knows of no connection
+        elif reached:
+            second = hosts.start("host-2", *join)
+        until(lambda size=size: first.process.poll() is not None or dp_size(output_dir) == size)
+        wait_for_steps(first, metrics, reached + 5)
+    for running in (first, second):
+        running.send(signal.SIGTERM)
+    for running in (first, second):
+        running.end()
+    check_beginning(records_in(metrics), hosts, tmp_path)
+    assert not hosts.left()
+
+
+def dp_size(output_dir: Path) -> int | None:
+    """Return the layout of a run that may not have begun, or be in the middle of saying so."""
+    try:
+        size: int = json.loads((output_dir / "manifest.json").read_text())["layout"]["dp_size"]
+    except (OSError, ValueError):
+        return None
+    return size

@@ -15,6 +15,8 @@ from tests.distributed.runs import fresh, largest_difference, losses, pretrain_o
 
 TOLERANCE = 1.0e-5
 """Between layouts, in fp32: sums in another order."""
+PACKAGES = {"openmpi": ("ompi_info", "openmpi-bin"), "mpich": ("mpiexec.hydra", "mpich")}
+"""A program of each launcher that is not part of the Python environment, and Debian's package of it."""
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +53,28 @@ def test_hosts_that_share_nothing_have_the_losses_of_one_process(
         assert list(checkpoint.glob("rank-*.safetensors")), name
 
 
-@pytest.mark.parametrize("launcher", ["openmpi", "mpich", "torchrun"])
-def test_another_launcher_has_the_losses_of_one_process(hosts: Hosts, expected: list[float], launcher: str) -> None:
-    if launcher == "mpich" and shutil.which("mpiexec.hydra") is None:
-        pytest.skip("needs mpiexec.hydra, of Debian's mpich")
-    _, config = hosts.write(hosts.own / "run", data__shared_filesystem=False)
+TWO_HOSTS = ["host-1", "host-2"]
+FOUR_HOSTS = [f"host-{number} slots=2" for number in range(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "slots", "layout"),
+    [
+        ("openmpi", FOUR_HOSTS, {"parallel__tp_size": 2, "parallel__pp_size": 2}),
+        ("mpich", TWO_HOSTS, {}),
+        ("torchrun", TWO_HOSTS, {}),
+    ],
+    ids=["openmpi, 4-hosts-dp2-tp2-pp2", "mpich", "torchrun"],
+)
+def test_another_launcher_has_the_losses_of_one_process(
+    hosts: Hosts, expected: list[float], launcher: str, slots: list[str], layout: dict[str, int]
+) -> None:
+    program, package = PACKAGES.get(launcher, ("ssh", "openssh-client"))
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program}, of Debian's {package}")
+    _, config = hosts.write(hosts.own / "run", data__shared_filesystem=False, **layout)
     may_be_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    running = hosts.train(config, hosts.hostfile("host-1", "host-2"), "--launcher", launcher, **may_be_root)
+    running = hosts.train(config, hosts.hostfile(*slots), "--launcher", launcher, **may_be_root)
     status, output = running.end()
     assert status == 0, output
     assert largest_difference(losses_on(hosts, hosts.own / "run"), expected) < TOLERANCE

@@ -1,7 +1,12 @@
 """What is left of a run's devices, and how many of them it can use."""
 
+import contextlib
+import os
+import socket
+
 import pytest
 
+from lmscale.launcher import elastic
 from lmscale.launcher.compose import Placement, compose
 from lmscale.launcher.elastic import largest_legal, shrink
 from lmscale.launcher.hosts import Host, read_hostfile
@@ -67,3 +72,35 @@ def test_a_host_may_give_a_part_of_its_slots(tmp_path):
 def test_too_few_hosts_are_too_little(tmp_path):
     placement = Placement("pdsh", "hosts", (Host("a", 1), Host("b", 1)), None, 2)
     assert shrink(make_run(tmp_path), placement, (), min_devices=2, is_up=lambda name: name == "a") is None
+
+
+def put_settings_of_ssh(directory, monkeypatch, settings):
+    """Let `ssh -G` say where a host is."""
+    program = directory / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n" + "".join(f"echo {line}\n" for line in settings))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("jump", [None, "proxyjump gate", "proxycommand nc"])
+def test_ssh_is_not_asked_of_a_host_whose_port_is_silent(tmp_path, monkeypatch, jump):
+    monkeypatch.setattr(elastic, "_CONNECT_S", 0.3)
+    asked = []
+    monkeypatch.setattr(elastic, "answers", lambda host: asked.append(host) or True)
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        port = listener.getsockname()[1]
+        put_settings_of_ssh(tmp_path, monkeypatch, ["hostname 127.0.0.1", f"port {port}", *([jump] if jump else [])])
+        assert elastic._is_up("host")
+        with contextlib.suppress(TimeoutError):  # until the kernel takes no more: then it is as silent as a dead host's
+            while True:
+                held.enter_context(socket.create_connection(("127.0.0.1", port), 0.3))
+        assert elastic._is_up("host") == (jump is not None)
+    assert asked == ["host"] * (1 if jump is None else 2)
+
+
+def test_what_is_not_silence_is_for_ssh_to_judge(tmp_path, monkeypatch):
+    put_settings_of_ssh(tmp_path, monkeypatch, ["hostname no-such-host.invalid", "port 22"])
+    monkeypatch.setattr(elastic, "answers", lambda host: True)
+    assert elastic._is_up("host")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale.launcher import over_ssh, tether
 from lmscale.launcher.processes import marked
 from lmscale.launcher.status import RUN_ID
 from tests.launcher.fake_ssh import NO_NAME, put_ssh_on_path
@@ -97,3 +98,31 @@ def test_a_tether_returns_its_commands_status_and_takes_what_is_left():
         os.close(held)
     assert done.returncode == 7
     assert eventually(lambda: not marked(run_id))
+
+
+def test_hosts_that_do_not_end_share_the_time_for_their_last_words(monkeypatch):
+    waited = []
+
+    class Noting(subprocess.Popen):
+        def wait(self, timeout=None):
+            waited.append(timeout or 0.0)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Noting)
+    monkeypatch.setattr(over_ssh, "_LAST_WORDS_S", 0.5)
+    hosts = over_ssh._Hosts((name, "exec sleep 600") for name in ("a", "b", "c", "d"))
+    hosts.end()
+    for process in hosts.processes.values():
+        process.stdout.close()
+        process.stderr.close()
+    assert {process.returncode for process in hosts.processes.values()} == {-signal.SIGKILL}
+    assert sum(waited) < 2 * 0.5
+
+
+def test_a_process_that_cannot_be_killed_does_not_hold_the_tether(monkeypatch):
+    looks = []
+    monkeypatch.setattr(tether, "marked", lambda *_: looks.append(1) or {0: False})
+    monkeypatch.setattr(tether, "send", lambda *_: None)
+    monkeypatch.setattr(tether, "_KILL_S", 0.3)
+    tether._kill_all("mark")
+    assert 1 < len(looks) < 10  # it looks again, and not without a pause
