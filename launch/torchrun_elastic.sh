@@ -21,7 +21,5 @@ nnodes=$1
 address=$2
 run=$3
 shift 3
-# torchrun's agents share a store that a host which joins later never learns of; so each start of the ranks has its own.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 exec lmscale train "$run" --launcher torchrun --nnodes "$nnodes" --master-addr "$address" \
     --max-restarts "${MAX_RESTARTS:-100}" ${NUM_RANKS:+--devices "$NUM_RANKS"} "$@"

@@ -33,6 +33,8 @@ _PORT = 29500
 _PDSH_SSH = "PDSH_SSH_ARGS_APPEND"
 _SAVE_S = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}
 """From TERM to KILL, by torchrun: its 30 s may cut off a save. Shorter than launch/kubernetes.yaml lets a pod have."""
+_OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""torchrun's agents share a store that a host which joins later never learns of; so each start of the ranks has its own."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def compose(
         nodes = placement.nodes
         where = "each host" if nodes.rank is None else f"host {nodes.rank} of {nodes.most}"
         here = HostCommand(where, busiest, shlex.join(argv))
-        env |= {name: value for name, value in _SAVE_S.items() if name not in environ}
+        ours = _SAVE_S | (_OWN_STORES if nodes.is_elastic else {})
+        env |= {name: value for name, value in ours.items() if name not in environ}
         travels = travelling({**environ, **env})
         # A supervisor of an outer launch cannot hear the ranks of all hosts.
         unset += [STATUS_DIR, STATUS_ADDRESS, STATUS_BY_FILE]

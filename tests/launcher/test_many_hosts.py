@@ -202,6 +202,12 @@ def test_torchrun_lets_ranks_save_for_longer_than_its_30_s_and_less_than_a_pod_h
     assert name not in command_for(tmp_path, placement, {**ENVIRON, name: "500"}, overrides=()).env
 
 
+@pytest.mark.parametrize(("where", "value"), [({"nnodes": "2", "node_rank": 1}, None), ({"nnodes": "1:2"}, "1")])
+def test_an_elastic_torchrun_lets_hosts_join_it_later(tmp_path, where, value):
+    placement = place("torchrun", 2, None, CPU, master_addr="a", **where)
+    assert command_for(tmp_path, placement, overrides=()).env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == value
+
+
 def test_an_elastic_torchrun_takes_in_hosts_of_the_same_run_only(tmp_path):
     placement = place("torchrun", 2, None, CPU, nnodes="1:2", master_addr="a")
 
