@@ -13,10 +13,10 @@ from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 1.0e-6
-"""max |a - b| / max |b| in fp32: a row's products are the same, in kernels for other sizes."""
+DOUBLE_TOLERANCE = 1.0e-12
+"""max |a - b| / max |b| in fp64: a row's products are the same, in kernels for other sizes."""
 SPLIT_TOLERANCE = 1.0e-5
-"""The same between one rank and two, which add up in another order."""
+"""The same in fp32 between one rank and two, which add up in another order."""
 LORA = {"method": "lora", "rank": 2, "targets": ["query", "value"]}
 METHODS: dict[str, dict[str, Any]] = {
     "lora 2": LORA,
@@ -67,26 +67,25 @@ def _rows(base: str, adapters: dict[str, str], names: list[str | None], double: 
 def test_rows_equal_the_runs_of_their_adaptations_alone(tmp_path, architecture):
     base, adapters = _write(tmp_path, architecture)
     names = [None, *adapters, None, next(iter(adapters))]
-    # T5 does not scale its scores, and its softmax enlarges fp32's rounding of random scores past the tolerance, of a
-    # single run against itself in fp64 too; there both are computed in fp64.
-    double = architecture == "t5"
-    together = run_ranks(1, _rows, str(base), adapters, names, double)[0]
-    alone = run_ranks(1, _alone, str(base), adapters, len(names), double)[0]
+    # In fp64: a batch takes other matrix products than a row, and what fp32 rounds differently there depends on the
+    # processor (1.05e-6 was seen); T5, which does not scale its scores, enlarges it further.
+    together = run_ranks(1, _rows, str(base), adapters, names, True)[0]
+    alone = run_ranks(1, _alone, str(base), adapters, len(names))[0]
     for row, name in enumerate(names):
         truth = alone[name][row]
         error = float((together[row] - truth).abs().max() / truth.abs().max())
-        assert error <= TOLERANCE, (name, error)
+        assert error <= DOUBLE_TOLERANCE, (name, error)
         if name is not None:
             assert not torch.allclose(truth, alone[None][row], atol=1e-2), f"{name} changes nothing"
 
 
-def _alone(base: str, adapters: dict[str, str], num_rows: int, double: bool) -> dict[str | None, torch.Tensor]:
+def _alone(base: str, adapters: dict[str, str], num_rows: int) -> dict[str | None, torch.Tensor]:
     import lmscale
 
     paths = {None: base, **adapters}
     models = {name: lmscale.load(path, "cpu", "fp32") for name, path in paths.items()}
     for model in models.values():
-        model.module.to(torch.float64 if double else torch.float32)
+        model.module.to(torch.float64)
     return {name: model_logits(model, num_rows) for name, model in models.items()}
 
 
