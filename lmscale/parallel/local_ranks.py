@@ -87,7 +87,7 @@ class RankPool:
     def run(
         self, function: Any, *args: Any, timeout_s: float = TIMEOUT_S, tick: Callable[[], None] | None = None
     ) -> list[Any]:
-        """Run a module-level function(*args) on every rank.
+        """Run a module-level function(*args) on every rank, in the directory of the caller.
 
         Args:
             function: pickled by name.
@@ -101,7 +101,7 @@ class RankPool:
         Raises:
             RankFailure: the pool is closed then.
         """
-        payload = pickle.dumps((function, args))
+        payload = pickle.dumps((function, args, os.getcwd()))
         failures: list[tuple[str, str]] = []
         for rank, connection in enumerate(self._connections):
             try:
@@ -190,7 +190,8 @@ def _serve(rank: int, world_size: int, directory: Path, logs: Path, parent: int,
         except EOFError:
             return
         try:
-            function, args = pickle.loads(payload)
+            function, args, working_directory = pickle.loads(payload)
+            os.chdir(working_directory)
             answer: tuple[str, Any] = ("result", function(*args))
         except BaseException as error:
             text = traceback.format_exc()

@@ -55,6 +55,14 @@ def test_ranks_run_together_again_and_again_and_keep_logs(tmp_path: Path) -> Non
     assert log.count("rank 1 speaks") == log.count("a child of it speaks") == 2
 
 
+def test_ranks_run_where_their_caller_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RankPool(1) as pool:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)
+            assert pool.run(os.getcwd) == [str(tmp_path / name)]
+
+
 @pytest.mark.parametrize(
     ("how", "reason", "part"),
     [

@@ -13,6 +13,8 @@ from lmscale.train.checkpoint_reader import PARAMETER, CheckpointReader
 from tests.distributed.runs import largest_difference, losses, pretrain_on_ranks, run_keys, write_corpus
 
 GOLDEN = Path(__file__).parents[1] / "golden/checkpoint_format_1/step-00000002"
+CORPUS = "made/corpus"
+"""As the run that wrote it called it: that format has no hash by which to know it under another name."""
 LOSSES = [6.205585956573486, 6.189338684082031, 6.1919450759887695, 6.177277565002441]
 """Of steps 3 to 6 of the run that wrote it."""
 OTHER_CPU_TOLERANCE = 1.0e-6
@@ -40,9 +42,11 @@ def test_every_tensor_of_the_format_before_is_read():
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_from_the_format_before_and_saves_in_its_own(tmp_path):
-    write_corpus(tmp_path / "corpus", np.random.default_rng(7), num_tokens=2_000)
-    keys = run_keys(str(tmp_path / "corpus"), tmp_path / "run", **KEYS, checkpoint__resume=str(GOLDEN))
+def test_a_run_goes_on_from_the_format_before_and_saves_in_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(CORPUS).parent.mkdir()
+    write_corpus(Path(CORPUS), np.random.default_rng(7), num_tokens=2_000)
+    keys = run_keys(CORPUS, tmp_path / "run", **KEYS, checkpoint__resume=str(GOLDEN))
     assert largest_difference(losses(pretrain_on_ranks(2, keys)), LOSSES) < OTHER_CPU_TOLERANCE
     newest = find_checkpoint(tmp_path / "run/checkpoints")
     assert newest is not None
