@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -32,6 +34,28 @@ mend_builds()  # of tests that use DeepSpeed's ops in this process
 # Tests share their CPUs with others; how long an example takes says nothing.
 settings.register_profile("lmscale", deadline=None)
 settings.load_profile("lmscale")
+
+
+@contextlib.contextmanager
+def environment_kept() -> Iterator[None]:
+    """Undo what happens to the environment: a model that is loaded makes this process rank 0 of 1 for DeepSpeed."""
+    former = dict(os.environ)
+    yield
+    if dict(os.environ) != former:
+        os.environ.clear()
+        os.environ.update(former)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_of_the_module() -> Iterator[None]:
+    with environment_kept():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_the_test() -> Iterator[None]:
+    with environment_kept():
+        yield
 
 
 @pytest.fixture(scope="session")
